@@ -1,0 +1,36 @@
+"""Take residual networks apart: delete and reorder blocks, and follow the gradient along all 2^n paths."""
+
+from .chain import Chain, Unit
+from .data import Dataset, Split, cifar10, digits
+from .lesion import delete_each, delete_random, reestimate_batch_norm
+from .nets import build, plain, resnet, vgg
+from .paths import gradient_by_length, gradient_norms, path_gradients
+from .train import RECIPES, Recipe, evaluate, fit
+from .weights import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RECIPES",
+    "Chain",
+    "Dataset",
+    "Recipe",
+    "Split",
+    "Unit",
+    "build",
+    "cifar10",
+    "delete_each",
+    "delete_random",
+    "digits",
+    "evaluate",
+    "fit",
+    "gradient_by_length",
+    "gradient_norms",
+    "load",
+    "path_gradients",
+    "plain",
+    "reestimate_batch_norm",
+    "resnet",
+    "save",
+    "vgg",
+]

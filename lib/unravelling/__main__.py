@@ -1,0 +1,186 @@
+"""The long runs, from a shell: ``python -m unravelling train …`` and ``python -m unravelling measure …``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from . import lesion, weights
+from .chain import Chain
+from .data import Dataset, load_dataset
+from .nets import SHAPES, build
+from .paths import gradient_norms
+from .results import KEYS, store
+from .train import RECIPES, evaluate, fit
+
+K = (1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30)
+TRIALS = 50
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unravelling",
+        description="Train the networks of the book and measure them. Both commands can be stopped at any time and "
+        "continue where they were; what is done is skipped.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("networks", nargs="+", help="such as resnet110, plain20, vgg15, vgg15-nobn, resnet56-post")
+    common.add_argument("--dataset", choices=SHAPES, default="digits", help="default: digits, which needs no download")
+    common.add_argument("--data", metavar="FOLDER", help="where CIFAR-10 is (default: $UNRAVELLING_DATA)")
+    common.add_argument("--seeds", type=_seeds, default=[0], help="such as 0, 0-4 or 0,2 (default: 0)")
+    common.add_argument("--recipe", choices=RECIPES, help="default: digits for digits, short for cifar10")
+    common.add_argument(
+        "--out", type=Path, default=Path("_build/runs"), help="folder for weights, results and checkpoints"
+    )
+    common.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: auto)")
+    train = commands.add_parser(
+        "train", parents=[common], help="train networks", description="Train networks; write weights and curves."
+    )
+    train.set_defaults(run=_train)
+    measure = commands.add_parser(
+        "measure",
+        parents=[common],
+        help="measure trained networks",
+        description="Measure networks that train has made.",
+    )
+    measure.add_argument("--what", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="default: all")
+    measure.set_defaults(run=_measure)
+    options = parser.parse_args(arguments)
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.recipe = options.recipe or {"digits": "digits", "cifar10": "short"}[options.dataset]
+    options.line = "python -m unravelling " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    torch.set_flush_denormal(True)
+    try:
+        for network in options.networks:
+            build(network, options.dataset)  # an unknown name fails before the first hour, not after it
+        data = load_dataset(options.dataset, options.data)
+        for network in options.networks:
+            for seed in options.seeds:
+                options.run(options, data, network, seed)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues after the last finished epoch or measurement", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(options: argparse.Namespace, data: Dataset, network: str, seed: int) -> None:
+    run = f"{network}-seed{seed}"
+    path = _weights_path(options, network, seed)
+    if path.exists():
+        recipe = weights.header(path)["recipe"]
+        if recipe != options.recipe:
+            raise ValueError(f"{path} was trained with recipe {recipe}: choose another --out for {options.recipe}")
+        print(f"{run}: done already ({path})")
+        return
+    results = options.out / "results" / options.dataset
+    checkpoint = options.out / "checkpoints" / options.dataset / f"{run}-{options.recipe}.pt"
+    chain = build(network, options.dataset, seed=seed).to(options.device)
+    fixed = data.train.take(torch.arange(256)).batches(256, options.device)[0]
+    recipe = RECIPES[options.recipe]
+
+    def norms(epoch: int, chain: Chain) -> None:
+        chain.train()
+        table = gradient_norms(chain, *fixed)
+        table.insert(0, "epoch", epoch)
+        write = checkpoint.with_suffix(f".{epoch}.csv")
+        write.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(write, index=False)
+
+    start = time.perf_counter()
+    if not checkpoint.exists():
+        norms(0, chain)
+    history = fit(chain, data, recipe, seed=seed, checkpoint=checkpoint, on_epoch=norms)
+    seconds = time.perf_counter() - start
+    scores = {split: evaluate(chain, getattr(data, split)) for split in ("train", "validation", "test")}
+    key = dict(zip(KEYS, (options.dataset, network, seed, options.recipe), strict=True))
+    summary = {
+        f"{split}_{name}": score[name] for split, score in scores.items() for name in ("error", "loss", "images")
+    }
+    parameters = sum(p.numel() for p in chain.parameters())
+    _store(pd.DataFrame([key | {"parameters": parameters} | summary]), results / "networks.csv", key, options, seconds)
+    _store(history, results / "training.csv", key, options, seconds)
+    epochs = sorted({0, 1, len(history) // 2, len(history)})
+    curves = pd.concat([pd.read_csv(checkpoint.with_suffix(f".{epoch}.csv")) for epoch in epochs])
+    _store(curves, results / "gradient_norms.csv", key, options, seconds)
+    errors = {f"{split}_error": score["error"] for split, score in scores.items()}
+    weights.save(chain, path, dataset=options.dataset, recipe=options.recipe, seed=seed, **errors)
+    for left in checkpoint.parent.glob(f"{checkpoint.stem}.*"):
+        left.unlink()
+    print(f"{run}: test error {100 * scores['test']['error']:.2f} %, {seconds:.0f} s, {path}")
+
+
+def _measure(options: argparse.Namespace, data: Dataset, network: str, seed: int) -> None:
+    chain = weights.load(_weights_path(options, network, seed)).to(options.device)
+    key = dict(zip(KEYS, (options.dataset, network, seed, options.recipe), strict=True))
+    for what in options.what:
+        path = options.out / "results" / options.dataset / f"{what}.csv"
+        if path.exists() and (pd.read_csv(path, usecols=KEYS) == pd.Series(key)).all(axis=1).any():
+            print(f"{network}-seed{seed}: {what} done already")
+            continue
+        start = time.perf_counter()
+        table = MEASUREMENTS[what](chain, data, seed)
+        seconds = time.perf_counter() - start
+        _store(table, path, key, options, seconds)
+        print(f"{network}-seed{seed}: {what}, {seconds:.0f} s")
+
+
+def _delete_each(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    return lesion.delete_each(chain, data.test)
+
+
+def _delete_random(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    numbers = [k for k in K if k < len(chain)]
+    return lesion.delete_random(chain, data.test, numbers, TRIALS, seed)
+
+
+def _delete_reestimated(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Lesions of `delete_random`, five a k, with batch norm re-estimated on training images."""
+    chosen = lesion.delete_random(chain, data.test, [k for k in K if k < len(chain)], 5, seed)
+    batches = data.train.take(torch.arange(min(1000, len(data.train)))).batches(250)
+    rows = []
+    for row in chosen.itertuples():
+        healed = lesion.reestimate_batch_norm(chain.without(*map(int, row.units.split())), batches)
+        score = evaluate(healed, data.test)
+        rows.append({"reestimated_error": score["error"], "reestimated_loss": score["loss"]})
+    return chosen[["k", "trial", "units", "images", "error", "loss", "delta_error"]].join(pd.DataFrame(rows))
+
+
+MEASUREMENTS: dict[str, Callable[[Chain, Dataset, int], pd.DataFrame]] = {
+    "delete_each": _delete_each,
+    "delete_random": _delete_random,
+    "delete_reestimated": _delete_reestimated,
+}
+
+
+def _weights_path(options: argparse.Namespace, network: str, seed: int) -> Path:
+    return options.out / "weights" / options.dataset / f"{network}-seed{seed}.safetensors"
+
+
+def _store(table: pd.DataFrame, path: Path, key: dict, options: argparse.Namespace, seconds: float) -> None:
+    columns = [column for column in table.columns if column not in KEYS]
+    store(table[columns].assign(**key)[[*KEYS, *columns]], path, options.line, seconds)
+
+
+def _seeds(text: str) -> list[int]:
+    """Read 3, 0-4 or 0,2."""
+    try:
+        parts = [part.partition("-") for part in text.split(",")]
+        return [seed for low, _, high in parts for seed in range(int(low), int(high or low) + 1)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0, 0-4 or 0,2") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

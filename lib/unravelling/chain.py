@@ -1,0 +1,190 @@
+"""The one abstraction of the library: a network as a chain of units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Unit(nn.Module):
+    """One block of a chain: ``post(skip(y) + branch(y))``, or ``post(branch(y))`` where it is not residual.
+
+    With an identity ``skip`` and ``post`` this is equation (1) of Veit et al. (2016), y_i = f_i(y_{i-1}) + y_{i-1}.
+
+    Args:
+        branch: the residual branch f_i, mapping ``(B, C, H, W)`` to ``(B, C', H', W')``; None for a deleted unit,
+            which computes ``post(skip(y))`` alone.
+        skip: the shortcut, to the same shape as the branch; the identity when None.
+        post: what follows the sum; the identity when None (pre-activation), a ReLU in the 2015 networks.
+        residual: whether the skip takes part in the sum. A plain unit keeps its ``skip`` for its deletion only.
+        name: shown in tables, such as ``"stage2.block5"``.
+        stage: number of the stage the unit belongs to, from 1.
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module | None,
+        skip: nn.Module | None = None,
+        post: nn.Module | None = None,
+        *,
+        residual: bool = True,
+        name: str = "",
+        stage: int = 1,
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        self.skip = nn.Identity() if skip is None else skip
+        self.post = nn.Identity() if post is None else post
+        self.residual = residual
+        self.name = name
+        self.stage = stage
+
+    @property
+    def is_transition(self) -> bool:
+        """Whether the unit changes the shape of its input, so that its skip is not the identity."""
+        return not isinstance(self.skip, nn.Identity)
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the branch is gone, leaving the skip alone."""
+        return self.branch is None
+
+    def deleted(self) -> Unit:
+        """Return a unit that shares this one's skip and post, and has no branch."""
+        unit = Unit(None, self.skip, self.post, name=self.name, stage=self.stage)
+        unit.training = self.training  # .train() would also set the mode of the shared modules
+        return unit
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map y_{i-1} of shape ``(B, C, H, W)`` to y_i of shape ``(B, C', H', W')``."""
+        if self.branch is None:
+            return self.post(self.skip(y))
+        f = self.branch(y)
+        return self.post(self.skip(y) + f if self.residual else f)
+
+    def extra_repr(self) -> str:
+        """Name the unit and its kind."""
+        kind = "deleted" if self.is_deleted else "residual" if self.residual else "plain"
+        return f"{self.name or 'unnamed'}, stage {self.stage}, {kind}{', transition' if self.is_transition else ''}"
+
+
+class Chain(nn.Module):
+    """A network as a stem, units and a head: y_0 = stem(x), y_i = units[i-1](y_{i-1}), logits = head(y_n).
+
+    Units are numbered from 0, so that unit i computes y_{i+1} from y_i.
+
+    Args:
+        stem: maps images ``(B, C, H, W)`` to y_0.
+        units: the units, in order.
+        head: maps y_n to logits ``(B, K)``.
+        config: how `unravelling.nets.build` makes this network; None for any other chain.
+    """
+
+    def __init__(self, stem: nn.Module, units: Iterable[Unit], head: nn.Module, config: dict | None = None) -> None:
+        super().__init__()
+        self.stem = stem
+        self.units = nn.ModuleList(units)
+        self.head = head
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        y = self.stem(x)
+        for unit in self.units:
+            y = unit(y)
+        return self.head(y)
+
+    def trace(self, x: Tensor) -> list[Tensor]:
+        """Return the states y_0 … y_n, n + 1 tensors, for images ``x`` of shape ``(B, C, H, W)``."""
+        states = [self.stem(x)]
+        for unit in self.units:
+            states.append(unit(states[-1]))
+        return states
+
+    def without(self, *indices: int) -> Chain:
+        """Return a chain in which the given units are deleted, y_i = post_i(skip_i(y_{i-1})).
+
+        This is the lesion of section 4.1 of Veit et al. (2016). The new chain has the same length and shares every
+        parameter; this one stays as it is.
+
+        Raises:
+            IndexError: a unit does not exist.
+            ValueError: a unit is named twice.
+        """
+        gone = set(self.check_indices(indices))
+        return self.with_units(unit.deleted() if i in gone else unit for i, unit in enumerate(self.units))
+
+    def reordered(self, order: Sequence[int]) -> Chain:
+        """Return a chain whose i-th unit is unit ``order[i]`` of this one (section 4.3 of Veit et al., 2016).
+
+        Args:
+            order: a permutation of 0 … n-1 that moves no transition unit and keeps every other one in its stage.
+
+        Raises:
+            IndexError: a unit does not exist.
+            ValueError: ``order`` is not a permutation, or moves a unit to where its shape does not fit.
+        """
+        if len(order) != len(self):
+            raise ValueError(f"order names {len(order)} units, but this chain has {len(self)}: name each one once")
+        self.check_indices(order)
+        for position, i in enumerate(order):
+            here, unit = self.units[position], self.units[i]
+            if position != i and (here.is_transition or unit.is_transition):
+                moved = i if unit.is_transition else position
+                raise ValueError(f"unit {moved} changes the shape of its input: leave it at position {moved}")
+            if unit.stage != here.stage:
+                raise ValueError(
+                    f"unit {i} belongs to stage {unit.stage} and does not fit at position {position}, which is in "
+                    f"stage {here.stage}: move units within their stage only"
+                )
+        return self.with_units(self.units[i] for i in order)
+
+    def with_units(self, units: Iterable[Unit]) -> Chain:
+        """Return a chain of other units between the same stem and head."""
+        chain = Chain(self.stem, units, self.head, self.config)
+        chain.training = self.training  # .train() would also set the mode of the shared modules
+        return chain
+
+    def check_indices(self, indices: Sequence[int]) -> list[int]:
+        """Return ``indices`` as a list, or raise IndexError for a missing and ValueError for a repeated unit."""
+        for i in indices:
+            if isinstance(i, bool) or int(i) != i or not 0 <= i < len(self):
+                raise IndexError(f"unit {i} does not exist: this chain has units 0 to {len(self) - 1}")
+        repeated = sorted({i for i in indices if list(indices).count(i) > 1})
+        if repeated:
+            raise ValueError(f"unit {repeated[0]} is named more than once: name each unit once")
+        return [int(i) for i in indices]
+
+    def __repr__(self) -> str:
+        """One line: kind, units a stage, deleted units and parameters."""
+        stages: dict[int, int] = {}
+        for unit in self.units:
+            stages[unit.stage] = stages.get(unit.stage, 0) + 1
+        gone = [i for i, unit in enumerate(self.units) if unit.is_deleted]
+        name = self.config["name"] if self.config else "chain"
+        million = sum(p.numel() for p in self.parameters()) / 1e6
+        lesion = f", deleted {gone}" if gone else ""
+        return f"{name}: {len(self)} units ({'+'.join(map(str, stages.values()))}){lesion}, {million:.2f} M parameters"
+
+
+def device_of(chain: nn.Module) -> torch.device:
+    """Return the device of a module's parameters."""
+    return next(chain.parameters()).device
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode for the duration of a ``with`` block, then give each part its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,254 @@
+"""The networks of the book, as chains: residual, plain and VGG, for small images."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Chain, Unit
+
+SHAPES = {"digits": (1, 8), "cifar10": (3, 32)}
+"""Channels and side length in pixels of the images of each dataset."""
+
+
+class Pad(nn.Module):
+    """The parameter-free shortcut, option A of He et al. (2015): every ``stride``-th pixel, zero channels appended."""
+
+    def __init__(self, extra_channels: int, stride: int) -> None:
+        super().__init__()
+        self.extra_channels, self.stride = extra_channels, stride
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to ``(B, C + extra, H / stride, W / stride)``, rounded up."""
+        y = y[:, :, :: self.stride, :: self.stride]
+        return nn.functional.pad(y, (0, 0, 0, 0, 0, self.extra_channels))
+
+
+def conv(c_in: int, c_out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
+    """Return a convolution without bias that keeps the size at stride 1."""
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def resnet(
+    depth: int,
+    *,
+    in_channels: int = 3,
+    classes: int = 10,
+    width: int = 16,
+    preactivation: bool = True,
+    shortcut: str = "pad",
+    seed: int = 0,
+) -> Chain:
+    """Return the CIFAR ResNet of He et al. (2015, section 4.2), or its pre-activation form (He et al., 2016).
+
+    Three stages of (depth - 2) / 6 units with ``width``, 2 ``width`` and 4 ``width`` channels; the second and third
+    stage halve the image. ``resnet(110)`` has the 54 units that Veit et al. (2016) take apart.
+
+    Args:
+        depth: number of weighted layers, 6n + 2.
+        in_channels: channels of the images ``(B, in_channels, H, W)``.
+        classes: number of classes K of the logits ``(B, K)``.
+        width: channels of the first stage.
+        preactivation: True for BN-ReLU-conv twice, False for the 2015 form with a ReLU after the sum.
+        shortcut: ``"pad"`` without parameters, or ``"projection"``, a 1×1 convolution, at the transitions.
+        seed: of the initial weights; the global generator is left alone.
+
+    Raises:
+        ValueError: the depth is not 6n + 2, or the shortcut is unknown.
+    """
+    return _three_stages("resnet", depth, in_channels, classes, width, preactivation, shortcut, True, seed)
+
+
+def plain(
+    depth: int,
+    *,
+    in_channels: int = 3,
+    classes: int = 10,
+    width: int = 16,
+    preactivation: bool = True,
+    seed: int = 0,
+) -> Chain:
+    """Return the same network as `resnet` without skips: y_i = post(branch_i(y_{i-1})).
+
+    Its units keep the parameter-free shortcut for their deletion. Arguments and errors are those of `resnet`.
+    """
+    return _three_stages("plain", depth, in_channels, classes, width, preactivation, "pad", False, seed)
+
+
+def _three_stages(
+    family: str,
+    depth: int,
+    in_channels: int,
+    classes: int,
+    width: int,
+    preactivation: bool,
+    shortcut: str,
+    residual: bool,
+    seed: int,
+) -> Chain:
+    if depth < 8 or (depth - 2) % 6:
+        near = max(8, round((depth - 2) / 6) * 6 + 2)
+        raise ValueError(f"depth {depth} is not 6n + 2: use a depth such as 8, 20, 56 or 110 (nearest: {near})")
+    if shortcut not in ("pad", "projection"):
+        raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
+    n = (depth - 2) // 6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        units, channels = [], width
+        for stage in (1, 2, 3):
+            for block in range(n):
+                c_out = width * 2 ** (stage - 1)
+                stride = 2 if stage > 1 and block == 0 else 1
+                skip: nn.Module | None = None
+                if stride > 1 and shortcut == "pad":
+                    skip = Pad(c_out - channels, stride)
+                elif stride > 1:
+                    skip = conv(channels, c_out, stride, kernel=1)
+                    if not preactivation:
+                        skip = nn.Sequential(skip, nn.BatchNorm2d(c_out))
+                branch = _branch(channels, c_out, stride, preactivation)
+                post = None if preactivation else nn.ReLU()
+                name = f"stage{stage}.block{block}"
+                units.append(Unit(branch, skip, post, residual=residual, name=name, stage=stage))
+                channels = c_out
+        stem: nn.Module = conv(in_channels, width)
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+        if preactivation:
+            head = [nn.BatchNorm2d(channels), nn.ReLU(), *head]
+        else:
+            stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
+        name = f"{family}{depth}" + ("" if preactivation else "-post")
+        name += "-projection" if shortcut == "projection" else ""
+        config = {"name": name, "in_channels": in_channels, "classes": classes, "width": width}
+        return _initialize(Chain(stem, units, nn.Sequential(*head), config))
+
+
+def _branch(c_in: int, c_out: int, stride: int, preactivation: bool) -> nn.Sequential:
+    if preactivation:
+        return nn.Sequential(
+            nn.BatchNorm2d(c_in),
+            nn.ReLU(),
+            conv(c_in, c_out, stride),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(),
+            conv(c_out, c_out),
+        )
+    return nn.Sequential(
+        conv(c_in, c_out, stride), nn.BatchNorm2d(c_out), nn.ReLU(), conv(c_out, c_out), nn.BatchNorm2d(c_out)
+    )
+
+
+def vgg(
+    depth: int = 15,
+    *,
+    in_channels: int = 3,
+    classes: int = 10,
+    width: int = 64,
+    image_size: int = 32,
+    batch_norm: bool = True,
+    seed: int = 0,
+) -> Chain:
+    """Return the 15-layer VGG beside the ResNet in Veit et al. (2016): 13 convolutions, a hidden and an output layer.
+
+    Every convolution with its normalisation and ReLU is a unit without a skip. Channels are ``width`` × 1, 1, 2, 2, 4,
+    4, 4, 8, 8, 8, 8, 8, 8; a 2×2 maximum follows layers 2, 4, 7, 10 and 13 as long as there are 2×2 pixels. A deleted
+    unit keeps its pooling and appends zero channels. The paper does not spell out its variant; this is the usual one
+    for CIFAR.
+
+    Args:
+        depth: 15.
+        in_channels: channels of the images ``(B, in_channels, image_size, image_size)``.
+        classes: number of classes K of the logits ``(B, K)``.
+        width: channels of the first layer.
+        image_size: side length of the images in pixels.
+        batch_norm: whether the convolutions are normalised.
+        seed: of the initial weights; the global generator is left alone.
+
+    Raises:
+        ValueError: another depth.
+    """
+    if depth != 15:
+        raise ValueError(f"there is no vgg({depth}) here: use vgg(15), the one that Veit et al. compare with")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        units, channels, size = [], in_channels, image_size
+        for stage, (factor, layers) in enumerate([(1, 2), (2, 2), (4, 3), (8, 3), (8, 3)], start=1):
+            for layer in range(layers):
+                c_out = width * factor
+                branch = [conv(channels, c_out), nn.BatchNorm2d(c_out)] if batch_norm else [_biased(channels, c_out)]
+                branch.append(nn.ReLU())
+                skip: list[nn.Module] = [Pad(c_out - channels, 1)] if c_out > channels else []
+                if layer == layers - 1 and size > 1:
+                    size //= 2
+                    branch.append(nn.MaxPool2d(2))
+                    skip.append(nn.MaxPool2d(2))
+                units.append(
+                    Unit(
+                        nn.Sequential(*branch),
+                        nn.Sequential(*skip) if skip else None,
+                        residual=False,
+                        name=f"stage{stage}.conv{layer}",
+                        stage=stage,
+                    )
+                )
+                channels = c_out
+        features = channels * size * size
+        norm = [nn.BatchNorm1d(channels)] if batch_norm else []
+        head = nn.Sequential(
+            nn.Flatten(), nn.Linear(features, channels), *norm, nn.ReLU(), nn.Linear(channels, classes)
+        )
+        config = {"name": "vgg15" + ("" if batch_norm else "-nobn"), "in_channels": in_channels}
+        config |= {"classes": classes, "width": width, "image_size": image_size}
+        return _initialize(Chain(nn.Identity(), units, head, config))
+
+
+def _biased(c_in: int, c_out: int) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def _initialize(chain: Chain) -> Chain:
+    for module in chain.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    return chain
+
+
+def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: int) -> Chain:
+    """Return a network by its name, such as ``resnet110``, ``resnet56-post``, ``plain20`` or ``vgg15-nobn``.
+
+    Args:
+        name: family and depth, then ``-post`` (2015 form), ``-projection`` or ``-nobn`` (VGG without batch norm).
+        dataset: ``"digits"`` or ``"cifar10"``, which sets channels and image size (and a narrow VGG for digits).
+        seed: of the initial weights.
+        options: passed to `resnet`, `plain` or `vgg`, over those of the dataset.
+
+    Raises:
+        ValueError: no such network or dataset.
+    """
+    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn))*)", name)
+    if not match:
+        raise ValueError(f"unknown network {name!r}: expected a name such as resnet110, plain56-post or vgg15-nobn")
+    family, depth, suffixes = match[1], int(match[2]), set(match[3].split("-")) - {""}
+    allowed = {"resnet": {"post", "projection"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
+    if suffixes - allowed:
+        raise ValueError(f"{family} has no variant -{min(suffixes - allowed)}: it has {', '.join(sorted(allowed))}")
+    if dataset is not None:
+        if dataset not in SHAPES:
+            raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(SHAPES)}")
+        channels, size = SHAPES[dataset]
+        defaults = {"in_channels": channels}
+        if family == "vgg":
+            defaults |= {"image_size": size, "width": 16 if dataset == "digits" else 64}
+        options = defaults | options
+    if family == "vgg":
+        return vgg(depth, batch_norm="nobn" not in suffixes, seed=seed, **options)
+    if family == "plain":
+        return plain(depth, preactivation="post" not in suffixes, seed=seed, **options)
+    shortcut = "projection" if "projection" in suffixes else "pad"
+    return resnet(depth, preactivation="post" not in suffixes, shortcut=shortcut, seed=seed, **options)

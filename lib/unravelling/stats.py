@@ -1,0 +1,70 @@
+"""Intervals: for a share of images, for a paired difference, and over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+
+def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Wilson interval of a share, such as an error.
+
+    Args:
+        count: images counted, such as the wrong ones; a number or an array of any shape.
+        images: images in all.
+        level: coverage.
+
+    Returns:
+        The lower and upper ends as fractions, in the shape of ``count``.
+
+    Raises:
+        ValueError: a count lies outside 0 to ``images``.
+    """
+    count = np.asarray(count)
+    if images < 1 or (count < 0).any() or (count > images).any():
+        raise ValueError(f"counts must lie between 0 and {images} images")
+    ends = [scipy_stats.binomtest(int(c), images).proportion_ci(level, "wilson") for c in count.flat]
+    low, high = np.array(ends).reshape(*count.shape, 2).transpose(-1, *range(count.ndim))
+    return low, high
+
+
+def paired_bootstrap(
+    difference: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the percentile bootstrap interval of the mean of paired differences, resampling images.
+
+    Where no image changed at all the interval is the single point 0; `wilson` then says how rare a change may still be.
+
+    Args:
+        difference: one value an image, ``(…, images)``; the same resamples serve all rows.
+        level: coverage.
+        resamples: how many.
+        seed: of the resamples.
+    """
+    images = difference.shape[-1]
+    weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples) / images
+    means = difference @ weights.T
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    return low, high
+
+
+def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: float = 0.95) -> pd.DataFrame:
+    """Return mean and Student t interval of ``value`` over the rows of each group, which are taken to be the seeds.
+
+    Args:
+        table: one row for each seed and group.
+        by: column or columns that define the groups.
+        value: column to average.
+        level: coverage.
+
+    Returns:
+        The columns of ``by``, then ``mean``, ``low``, ``high`` and ``seeds``; the ends are NaN for a single seed.
+    """
+    groups = table.groupby(by, sort=False)[value]
+    band = groups.agg(mean="mean", std="std", seeds="size").reset_index()
+    half = scipy_stats.t.ppf((1 + level) / 2, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
+    band["low"], band["high"] = band["mean"] - half, band["mean"] + half
+    return band.drop(columns="std")

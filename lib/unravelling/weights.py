@@ -1,0 +1,105 @@
+"""Trained networks as safetensors files whose header says what they are."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .chain import Chain
+from .nets import build
+from .train import write_atomically
+
+FORMAT = "unravelling/1"
+
+
+def data_folder() -> Path:
+    """Return the project's ``data`` folder: in the working directory, in one above it, or beside the library's source.
+
+    Raises:
+        FileNotFoundError: it is in none of these.
+    """
+    here = Path.cwd()
+    for folder in [here, *here.parents, Path(__file__).resolve().parents[2]]:
+        if (folder / "data" / "results").is_dir():
+            return folder / "data"
+    raise FileNotFoundError(f"no data/results in {here} or above it: run from a clone of the project, or pass a path")
+
+
+def save(chain: Chain, path: str | Path, **header: Any) -> Path:
+    """Write the chain's parameters and buffers, with a header that `load` can rebuild it from.
+
+    Args:
+        chain: a network made by `unravelling.nets`, without lesions.
+        path: of the ``.safetensors`` file; written beside it and renamed.
+        header: what else to record, such as recipe, seed and errors; any JSON values.
+
+    Raises:
+        ValueError: the chain was not made by `unravelling.nets`, or has deleted units.
+    """
+    if chain.config is None or any(unit.is_deleted for unit in chain.units):
+        raise ValueError("only an intact network made by unravelling.nets can be rebuilt from a file: save that one")
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    header = {"format": FORMAT, "architecture": chain.config, "versions": versions} | header
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in chain.state_dict().items()}
+    path = Path(path)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"unravelling": json.dumps(header)}))
+    return path
+
+
+def header(name: str | Path) -> dict[str, Any]:
+    """Return the header of a weights file: architecture, versions, and what else `save` was given."""
+    return _read(_locate(name))[0]
+
+
+def load(name: str | Path) -> Chain:
+    """Return a trained network in eval mode.
+
+    Args:
+        name: of a shipped network, such as ``"digits/resnet110-seed0"``, or the path of a ``.safetensors`` file.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message lists those that there are.
+        ValueError: the file is truncated, was not written by `save`, or does not fit its own architecture.
+    """
+    path = _locate(name)
+    head, tensors = _read(path)
+    try:
+        config = dict(head["architecture"])
+        chain = build(config.pop("name"), **config)
+        chain.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the architecture in its header: {error}") from error
+    return chain.to(memory_format=torch.channels_last).eval()
+
+
+def _locate(name: str | Path) -> Path:
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        if path.is_file():
+            return path
+        raise FileNotFoundError(f"no weights at {path}")
+    shipped = data_folder() / "weights"
+    path = shipped / f"{name}.safetensors"
+    if not path.is_file():
+        there = sorted(p.relative_to(shipped).with_suffix("").as_posix() for p in shipped.rglob("*.safetensors"))
+        raise FileNotFoundError(f"no weights named {str(name)!r}: there are {', '.join(there) or 'none'}")
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from error
+    head = json.loads(metadata.get("unravelling", "{}"))
+    if head.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by unravelling.save: its header lacks format {FORMAT!r}")
+    return head, tensors
