@@ -75,8 +75,8 @@ def path_gradients(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entrop
 def gradient_by_length(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> list[Tensor]:
     """Return G_0 … G_n, the exact sums of the gradients at y_0 along all paths through k branches.
 
-    Going down from the loss, G_k becomes S_i^T G_k + J_i^T G_{k-1} at unit i, where S_i and J_i are the Jacobians of its
-    skip and branch at the true state: n(n + 1) / 2 vector-Jacobian products of branches for 2^n paths. Compare
+    Going down from the loss, G_k becomes S_i^T G_k + J_i^T G_{k-1} at unit i, where S_i and J_i are the Jacobians of
+    its skip and branch at the true state: n(n + 1) / 2 vector-Jacobian products of branches for 2^n paths. See
     section 3.2 and figure 6 of Veit et al. (2016), who sample paths.
 
     Args:

@@ -1,0 +1,238 @@
+"""One function for each kind of figure: a table goes in, the Axes come out.
+
+Needs the optional matplotlib and seaborn. Figures are at most 6.4 inches wide with type of 11 points, so that they can
+be read on a telephone, and have a white background, so that they can be read in dark mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from .stats import seed_band
+
+WIDTH = 6.4  # inches
+_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _BROWN, _PINK, _GREY, *_ = sns.color_palette("colorblind")
+FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for the book's figures."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "figure.figsize": (WIDTH, 3.8),
+            "figure.dpi": 130,
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.size": 11,
+            "axes.labelsize": 11.5,
+            "axes.titlesize": 12,
+            "xtick.labelsize": 11,
+            "ytick.labelsize": 11,
+            "legend.fontsize": 11,
+            "legend.frameon": False,
+        }
+    )
+
+
+def family_color(network: str) -> tuple[float, float, float]:
+    """Return the colour that a network's family has in every figure."""
+    return next((color for family, color in FAMILIES.items() if network.startswith(family)), _GREY)
+
+
+def seed_lines(
+    table: pd.DataFrame, x: str, value: str, *, ax: Axes | None = None, scale: float = 1.0, **style: object
+) -> Axes:
+    """Draw the mean of ``value`` over seeds against ``x``, with its 95 % Student t band.
+
+    Args:
+        table: one row for each seed and ``x``.
+        x: column of the horizontal axis.
+        value: column to average.
+        ax: where to draw; new axes when None.
+        scale: factor on the values, such as 100 for per cent.
+        style: passed to ``Axes.plot``, such as ``label`` and ``color``.
+    """
+    ax = ax or plt.subplots()[1]
+    band = seed_band(table, x, value).sort_values(x)
+    (line,) = ax.plot(band[x], scale * band["mean"], **style)
+    if band["seeds"].max() > 1:
+        ax.fill_between(band[x], scale * band["low"], scale * band["high"], color=line.get_color(), alpha=0.25, lw=0)
+    return ax
+
+
+def damage(
+    table: pd.DataFrame, *, intact: float | None = None, ax: Axes | None = None, color: object = None, label: str = ""
+) -> Axes:
+    """Draw the error after each single deletion, as figure 3 of Veit et al. (2016), with intervals.
+
+    Args:
+        table: of `unravelling.delete_each`; where it has a column ``seed``, the seeds' mean and range are drawn,
+            otherwise the Wilson interval.
+        intact: error of the intact network, drawn as a dashed line.
+        ax: where to draw; new axes when None.
+        color: of the points.
+        label: for the legend.
+    """
+    ax = ax or plt.subplots()[1]
+    color = color or _BLUE
+    if "seed" in table and table["seed"].nunique() > 1:
+        rows = table.groupby(["unit", "is_transition"], as_index=False)["error"].agg(["mean", "min", "max"])
+        rows = rows.rename(columns={"mean": "error", "min": "error_low", "max": "error_high"})
+    else:
+        rows = table
+    ax.vlines(rows["unit"], 100 * rows["error_low"], 100 * rows["error_high"], color=color, alpha=0.5, lw=2)
+    for transition, marker in ((False, "o"), (True, "D")):
+        some = rows[rows["is_transition"] == transition]
+        ax.plot(
+            some["unit"],
+            100 * some["error"],
+            marker,
+            color=color,
+            mfc="white" if transition else color,
+            ms=6 if transition else 4,
+            label=None if transition else label,
+        )
+    if intact is not None:
+        ax.axhline(100 * intact, color=color, ls="--", lw=1)
+    ax.set(xlabel="deleted unit", ylabel="test error (%)", ylim=(0, 100))
+    return ax
+
+
+def quantile_fan(
+    table: pd.DataFrame,
+    x: str,
+    value: str,
+    *,
+    ax: Axes | None = None,
+    scale: float = 1.0,
+    color: object = None,
+    label: str | None = None,
+) -> Axes:
+    """Draw the median of ``value`` against ``x``, with the middle 50 % and 90 % of the rows as bands.
+
+    Args:
+        table: one row for each draw.
+        x: column of the horizontal axis, such as the number of deleted units.
+        value: column whose distribution is drawn.
+        ax: where to draw; new axes when None.
+        scale: factor on the values, such as 100 for per cent.
+        color: of line and bands.
+        label: for the legend.
+    """
+    ax = ax or plt.subplots()[1]
+    color = color or _BLUE
+    q = scale * table.groupby(x)[value].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
+    ax.fill_between(q.index, q[0.05], q[0.95], color=color, alpha=0.15, lw=0)
+    ax.fill_between(q.index, q[0.25], q[0.75], color=color, alpha=0.3, lw=0)
+    ax.plot(q.index, q[0.5], "o-", color=color, ms=4, label=label)
+    return ax
+
+
+def chain_diagram(n: int = 3, *, off: Iterable[int] = (), residual: bool = True, ax: Axes | None = None) -> Axes:
+    """Draw a chain of n units with its skips, after figure 1 of Veit et al. (2016).
+
+    Args:
+        n: number of units, numbered from 1 as in the paper's equations.
+        off: units whose branch is switched off.
+        residual: whether there are skips.
+        ax: where to draw; new axes when None.
+    """
+    ax = ax or plt.subplots(figsize=(WIDTH, 1.6))[1]
+    off = set(off)
+    ax.text(-0.15, 0, "$y_0$", ha="right", va="center", fontsize=13)
+    for i in range(1, n + 1):
+        left = 2 * (i - 1)
+        dead = i in off
+        _arrow(ax, (left, 0), (left + 0.5, 0), dead)
+        _box(ax, (left + 0.85, 0), f"$f_{i}$", dead)
+        _arrow(ax, (left + 1.2, 0), (left + 1.58, 0), dead)
+        if residual:
+            arc = FancyArrowPatch(
+                (left + 0.2, 0.02),
+                (left + 1.72, 0.14),
+                connectionstyle="arc3,rad=-0.55",
+                arrowstyle="-|>",
+                mutation_scale=11,
+                color=_BLUE,
+                lw=2,
+            )
+            ax.add_patch(arc)
+            ax.text(left + 1.72, 0, "+", ha="center", va="center", fontsize=13, bbox=_circle())
+        ax.text(left + 1.95, -0.42, f"$y_{i}$", ha="center", va="center", fontsize=13)
+        ax.plot([left + (1.86 if residual else 1.58), left + 2], [0, 0], color="black", lw=1.3)
+    _arrow(ax, (2 * n, 0), (2 * n + 0.3, 0), False)
+    ax.set(xlim=(-0.6, 2 * n + 0.4), ylim=(-0.65, 1.0), aspect="equal")
+    ax.axis("off")
+    return ax
+
+
+def unravelled_diagram(n: int = 3, *, off: Iterable[int] = (), ax: Axes | None = None) -> Axes:
+    """Draw the 2^n paths of a residual chain, one a row, after figure 1 of Veit et al. (2016).
+
+    Args:
+        n: number of units, at most 5.
+        off: units whose branch is switched off; the paths through them are drawn dead.
+        ax: where to draw; new axes when None.
+    """
+    if n > 5:
+        raise ValueError(f"{2**n} paths do not fit on a page: draw at most 5 units, not {n}")
+    ax = ax or plt.subplots(figsize=(WIDTH, 0.42 * 2**n + 0.3))[1]
+    off = set(off)
+    paths = sorted(product((0, 1), repeat=n), key=lambda bits: (sum(bits), bits[::-1]))
+    for row, bits in enumerate(paths):
+        y = -0.62 * row
+        dead = any(bit and i in off for i, bit in enumerate(bits, start=1))
+        _arrow(ax, (0, y), (2 * n + 0.1, y), dead)
+        for i, bit in enumerate(bits, start=1):
+            if bit:
+                _box(ax, (2 * i - 1, y), f"$f_{i}$", dead, height=0.44)
+        length = sum(bits)
+        ax.text(2 * n + 0.3, y, f"length {length}", va="center", fontsize=11, color="0.6" if dead else "black")
+    ax.text(-0.15, -0.31 * (len(paths) - 1), "input", ha="right", va="center", fontsize=12)
+    ax.set(xlim=(-1.2, 2 * n + 2), ylim=(-0.62 * len(paths) + 0.2, 0.4))
+    ax.axis("off")
+    return ax
+
+
+def _circle() -> dict[str, object]:
+    return {"boxstyle": "circle,pad=0.12", "fc": "white", "ec": "black", "lw": 1.2}
+
+
+def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dead: bool) -> None:
+    style = {"color": "0.75", "ls": ":"} if dead else {"color": "black"}
+    ax.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, shrinkA=0, shrinkB=0, lw=1.3, **style)
+    )
+
+
+def _box(ax: Axes, center: tuple[float, float], text: str, dead: bool, height: float = 0.6) -> None:
+    x, y = center
+    style = {"fc": "0.95", "ec": "0.75", "ls": ":"} if dead else {"fc": (*_ORANGE, 0.35), "ec": _ORANGE}
+    patch = FancyBboxPatch((x - 0.3, y - height / 2), 0.6, height, boxstyle="round,pad=0.03", lw=1.5, zorder=3, **style)
+    if not dead:
+        ax.add_patch(
+            FancyBboxPatch((x - 0.3, y - height / 2), 0.6, height, boxstyle="round,pad=0.03", fc="white", lw=0)
+        )
+    ax.add_patch(patch)
+    ax.text(x, y, text, ha="center", va="center", fontsize=13, color="0.6" if dead else "black", zorder=4)
+
+
+def stage_boundaries(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Mark with thin vertical lines where the stages of a table of `unravelling.delete_each` begin."""
+    first = table.groupby("stage")["unit"].min().to_numpy()
+    for unit in first[1:]:
+        ax.axvline(unit - 0.5, color="0.8", lw=1, zorder=0)
+    ax.set_xlim(-1, np.max(table["unit"]) + 1)
+    return ax
