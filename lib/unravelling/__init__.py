@@ -2,9 +2,17 @@
 
 from .chain import Chain, Unit
 from .data import Dataset, Split, cifar10, digits
-from .lesion import delete_each, delete_random, reestimate_batch_norm
+from .lesion import delete_each, delete_random, reestimate_batch_norm, reorder
 from .nets import build, plain, resnet, vgg
-from .paths import gradient_by_length, gradient_norms, path_gradients
+from .paths import (
+    gradient_by_length,
+    gradient_norms,
+    mean_length,
+    path_gradients,
+    path_norms,
+    sample_path_gradients,
+    spectrum,
+)
 from .train import RECIPES, Recipe, evaluate, fit
 from .weights import load, save
 
@@ -27,10 +35,15 @@ __all__ = [
     "gradient_by_length",
     "gradient_norms",
     "load",
+    "mean_length",
     "path_gradients",
+    "path_norms",
     "plain",
     "reestimate_batch_norm",
+    "reorder",
     "resnet",
+    "sample_path_gradients",
     "save",
+    "spectrum",
     "vgg",
 ]

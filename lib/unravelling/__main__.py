@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         for network in options.networks:
             for seed in options.seeds:
                 options.run(options, data, network, seed)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -79,9 +80,7 @@ def _train(options: argparse.Namespace, data: Dataset, network: str, seed: int) 
     run = f"{network}-seed{seed}"
     path = _weights_path(options, network, seed)
     if path.exists():
-        recipe = weights.header(path)["recipe"]
-        if recipe != options.recipe:
-            raise ValueError(f"{path} was trained with recipe {recipe}: choose another --out for {options.recipe}")
+        _check_recipe(path, options)
         print(f"{run}: done already ({path})")
         return
     results = options.out / "results" / options.dataset
@@ -122,7 +121,9 @@ def _train(options: argparse.Namespace, data: Dataset, network: str, seed: int) 
 
 
 def _measure(options: argparse.Namespace, data: Dataset, network: str, seed: int) -> None:
-    chain = weights.load(_weights_path(options, network, seed)).to(options.device)
+    path = _weights_path(options, network, seed)
+    chain = weights.load(path).to(options.device)
+    _check_recipe(path, options)
     key = dict(zip(KEYS, (options.dataset, network, seed, options.recipe), strict=True))
     for what in options.what:
         path = options.out / "results" / options.dataset / f"{what}.csv"
@@ -168,6 +169,14 @@ def _weights_path(options: argparse.Namespace, network: str, seed: int) -> Path:
     return options.out / "weights" / options.dataset / f"{network}-seed{seed}.safetensors"
 
 
+def _check_recipe(path: Path, options: argparse.Namespace) -> None:
+    recipe = weights.header(path).get("recipe")
+    if recipe != options.recipe:
+        raise ValueError(
+            f"{path} was trained with recipe {recipe}, not {options.recipe}: choose another --recipe or --out"
+        )
+
+
 def _store(table: pd.DataFrame, path: Path, key: dict, options: argparse.Namespace, seconds: float) -> None:
     columns = [column for column in table.columns if column not in KEYS]
     store(table[columns].assign(**key)[[*KEYS, *columns]], path, options.line, seconds)
@@ -175,11 +184,13 @@ def _store(table: pd.DataFrame, path: Path, key: dict, options: argparse.Namespa
 
 def _seeds(text: str) -> list[int]:
     """Read 3, 0-4 or 0,2."""
-    try:
-        parts = [part.partition("-") for part in text.split(",")]
-        return [seed for low, _, high in parts for seed in range(int(low), int(high or low) + 1)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0, 0-4 or 0,2") from None
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0, 0-4 or 0,2")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return seeds
 
 
 if __name__ == "__main__":

@@ -9,6 +9,18 @@ import torch
 from torch import Tensor, nn
 
 
+class Scale(nn.Module):
+    """Multiplication by a fixed number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map a tensor of any shape to its multiple."""
+        return self.factor * y
+
+
 class Unit(nn.Module):
     """One block of a chain: ``post(skip(y) + branch(y))``, or ``post(branch(y))`` where it is not residual.
 
@@ -56,6 +68,15 @@ class Unit(nn.Module):
         """Return a unit that shares this one's skip and post, and has no branch."""
         unit = Unit(None, self.skip, self.post, name=self.name, stage=self.stage)
         unit.training = self.training  # .train() would also set the mode of the shared modules
+        return unit
+
+    def scaled(self, factor: float) -> Unit:
+        """Return a unit that shares this one's parts and multiplies the branch by ``factor``."""
+        if self.branch is None:
+            return self
+        branch = nn.Sequential(self.branch, Scale(factor))
+        unit = Unit(branch, self.skip, self.post, residual=self.residual, name=self.name, stage=self.stage)
+        unit.training = branch.training = self.training
         return unit
 
     def forward(self, y: Tensor) -> Tensor:
@@ -130,20 +151,7 @@ class Chain(nn.Module):
             IndexError: a unit does not exist.
             ValueError: ``order`` is not a permutation, or moves a unit to where its shape does not fit.
         """
-        if len(order) != len(self):
-            raise ValueError(f"order names {len(order)} units, but this chain has {len(self)}: name each one once")
-        self.check_indices(order)
-        for position, i in enumerate(order):
-            here, unit = self.units[position], self.units[i]
-            if position != i and (here.is_transition or unit.is_transition):
-                moved = i if unit.is_transition else position
-                raise ValueError(f"unit {moved} changes the shape of its input: leave it at position {moved}")
-            if unit.stage != here.stage:
-                raise ValueError(
-                    f"unit {i} belongs to stage {unit.stage} and does not fit at position {position}, which is in "
-                    f"stage {here.stage}: move units within their stage only"
-                )
-        return self.with_units(self.units[i] for i in order)
+        return self.with_units(self.units[i] for i in self.check_order(order))
 
     def with_units(self, units: Iterable[Unit]) -> Chain:
         """Return a chain of other units between the same stem and head."""
@@ -156,10 +164,28 @@ class Chain(nn.Module):
         for i in indices:
             if isinstance(i, bool) or int(i) != i or not 0 <= i < len(self):
                 raise IndexError(f"unit {i} does not exist: this chain has units 0 to {len(self) - 1}")
-        repeated = sorted({i for i in indices if list(indices).count(i) > 1})
-        if repeated:
-            raise ValueError(f"unit {repeated[0]} is named more than once: name each unit once")
-        return [int(i) for i in indices]
+        checked = [int(i) for i in indices]
+        if len(set(checked)) < len(checked):
+            repeated = min(i for i in checked if checked.count(i) > 1)
+            raise ValueError(f"unit {repeated} is named more than once: name each unit once")
+        return checked
+
+    def check_order(self, order: Sequence[int]) -> list[int]:
+        """Return ``order`` as a list, or raise what `reordered` raises."""
+        if len(order) != len(self):
+            raise ValueError(f"order names {len(order)} units, but this chain has {len(self)}: name each one once")
+        checked = self.check_indices(order)
+        for position, i in enumerate(checked):
+            here, unit = self.units[position], self.units[i]
+            if position != i and (here.is_transition or unit.is_transition):
+                moved = i if unit.is_transition else position
+                raise ValueError(f"unit {moved} changes the shape of its input: leave it at position {moved}")
+            if unit.stage != here.stage:
+                raise ValueError(
+                    f"unit {i} belongs to stage {unit.stage} and does not fit at position {position}, which is in "
+                    f"stage {here.stage}: move units within their stage only"
+                )
+        return checked
 
     def __repr__(self) -> str:
         """One line: kind, units a stage, deleted units and parameters."""

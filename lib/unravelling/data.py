@@ -6,12 +6,13 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -235,12 +236,16 @@ def _fingerprint(source: Path) -> str:
 def _image_files(source: Path) -> Iterator[tuple[str, bytes]]:
     """Yield ``train/<class>/<file>`` and the file's bytes, whatever holds it."""
     if source.is_file():
+        import lzma  # Python can be built without it
+
         try:
-            with tarfile.open(source, "r:xz") as archive:  # read in place: nothing is extracted
+            with lzma.open(source) as stream, tarfile.open(fileobj=stream) as archive:  # nothing is extracted
                 for member in archive:
                     if member.isfile():
                         yield "/".join(Path(member.name).parts[-3:]), archive.extractfile(member).read()
-        except (tarfile.TarError, EOFError, OSError) as error:
+                while stream.read(2**20):  # the checksum comes last
+                    pass
+        except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
             raise ValueError(f"{source} is truncated or corrupt ({error}): copy it again") from error
     else:
         for split in ("train", "test"):
@@ -278,12 +283,27 @@ def _decode(source: Path) -> dict[str, Tensor]:
 
 def _cached(source: Path, path: Path) -> list[tuple[Tensor, Tensor]]:
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file(_decode(source), temporary)
-        os.replace(temporary, path)
+        fresh = _decode(source)
+        write_atomically(path, lambda temporary: save_file(fresh, temporary))
     decoded = load_file(path)
     return [(decoded[f"{split}_images"], decoded[f"{split}_labels"]) for split in ("train", "test")]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary)`` and rename the result to ``path``, so that ``path`` is never half-written.
+
+    Raises:
+        OSError: the file could not be written; an earlier one is still whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        raise OSError(f"{path} could not be written ({error}): is the disk full? An earlier file is kept") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_dataset(name: str, root: str | Path | None = None) -> Dataset:

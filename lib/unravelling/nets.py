@@ -95,7 +95,7 @@ def _three_stages(
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
     n = (depth - 2) // 6
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
         units, channels = [], width
         for stage in (1, 2, 3):
             for block in range(n):
@@ -172,7 +172,7 @@ def vgg(
     if depth != 15:
         raise ValueError(f"there is no vgg({depth}) here: use vgg(15), the one that Veit et al. compare with")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
         units, channels, size = [], in_channels, image_size
         for stage, (factor, layers) in enumerate([(1, 2), (2, 2), (4, 3), (8, 3), (8, 3)], start=1):
             for layer in range(layers):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable
 from itertools import product
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy
 
-from .chain import Chain, Unit, device_of, eval_mode
+from .chain import Chain, Unit, device_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,7 +51,7 @@ def path_gradients(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entrop
     unit, and their sum is the ordinary gradient, exactly.
 
     Args:
-        chain: a network of at most 12 units, in eval mode for the duration of the call.
+        chain: a network of at most 12 units, in eval mode.
         x: normalised images ``(B, C, H, W)``.
         y: labels ``(B,)``.
         loss: maps logits ``(B, K)`` and ``y`` to a scalar.
@@ -56,49 +60,267 @@ def path_gradients(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entrop
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
 
     Raises:
-        ValueError: the chain has more than 12 units.
+        ValueError: the chain has more than 12 units or is in training mode, or the loss is no scalar.
     """
     if len(chain) > 12:
         raise ValueError(f"{len(chain)} units make 2^{len(chain)} paths: use gradient_by_length for more than 12")
-    with eval_mode(chain):
-        states, top = _states_and_top_gradient(chain, x, y, loss)
-        paths = {(): top}
-        for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
-            through_skip, through_branch = _vjps(unit, state)
-            paths = {
-                (bit, *bits): (through_branch if bit else through_skip)(g)
-                for (bits, g), bit in product(paths.items(), _bits(unit))
-            }
+    states, top = _states_and_top_gradient(chain, x, y, loss)
+    paths = {(): top}
+    for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
+        through_skip, through_branch = _vjps(unit, state)
+        paths = {
+            (bit, *bits): (through_branch if bit else through_skip)(g)
+            for (bits, g), bit in product(paths.items(), _bits(unit))
+        }
     return paths
 
 
-def gradient_by_length(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> list[Tensor]:
+def gradient_by_length(
+    chain: Chain,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss = cross_entropy,
+    *,
+    at: str = "stem",
+    max_length: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Return G_0 … G_n, the exact sums of the gradients at y_0 along all paths through k branches.
 
     Going down from the loss, G_k becomes S_i^T G_k + J_i^T G_{k-1} at unit i, where S_i and J_i are the Jacobians of
     its skip and branch at the true state: n(n + 1) / 2 vector-Jacobian products of branches for 2^n paths. See
-    section 3.2 and figure 6 of Veit et al. (2016), who sample paths.
+    section 5 and figure 6 of Veit et al. (2016), who sample paths.
 
     Args:
-        chain: the network, in eval mode for the duration of the call.
+        chain: the network, in eval mode.
+        x: normalised images ``(B, C, H, W)``.
+        y: labels ``(B,)``.
+        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+        at: ``"stem"`` for the gradient at y_0, the first unit's input, ``"pixels"`` for that at ``x``.
+        max_length: the longest length m told apart; all of them when None.
+        dtype: compute in this type, such as ``torch.float64``, on a copy of the chain; as the chain is when None.
+
+    Returns:
+        A tensor ``(n + 1, B, …)`` whose sum over the first dimension is the gradient of the loss. With ``max_length``,
+        ``(m + 2, B, …)``, where the last is the sum over all paths longer than m.
+
+    Raises:
+        ValueError: the chain is in training mode, the loss is no scalar, or ``at`` or ``max_length`` makes no sense.
+    """
+    if at not in ("stem", "pixels"):
+        raise ValueError(f'the gradient is taken at "stem" or "pixels", not at {at!r}')
+    if max_length is not None and not 0 <= max_length <= len(chain):
+        raise ValueError(f"max_length {max_length} makes no sense: paths have lengths 0 to {len(chain)}")
+    if dtype is not None:
+        chain, x = copy.deepcopy(chain).to(dtype), x.to(dtype)
+    states, top = _states_and_top_gradient(chain, x, y, loss)
+    by_length: list[Tensor | None] = [top]
+    whole = top
+    for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
+        through_skip, through_branch = _vjps(unit, state)
+        if max_length is not None:
+            whole = _sum(way(whole) for way in _ways(unit, through_skip, through_branch))
+        bits = _bits(unit)
+        skipped = [through_skip(g) if 0 in bits and g is not None else None for g in by_length]
+        taken = [through_branch(g) if 1 in bits and g is not None else None for g in by_length]
+        by_length = [_sum((s, t)) for s, t in zip([*skipped, None], [None, *taken], strict=True)]
+        if max_length is not None:
+            by_length = by_length[: max_length + 1]
+    if max_length is not None:
+        by_length.append(_sum((whole, *(-g for g in by_length if g is not None))))
+    zero = torch.zeros_like(states[0])
+    stacked = torch.stack([zero if g is None else g for g in by_length])
+    return stacked if at == "stem" else _to_pixels(chain, x, stacked)
+
+
+def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
+    """Return norms and signed shares of what `gradient_by_length` returns.
+
+    Args:
+        gradients: ``(n + 1, B, …)``; the index of the first dimension is called the length.
+        per_sample: whether every image gets rows of its own, and not the batch as a whole.
+
+    Returns:
+        One row a length: ``length``, ``norm`` ‖G_k‖, ``share`` ⟨g, G_k⟩ / ‖g‖² with g = Σ G_k, so that shares sum to 1;
+        with ``per_sample`` also ``sample``.
+    """
+    flat = gradients.double().flatten(2) if per_sample else gradients.double().flatten(1)[:, None]
+    whole = flat.sum(0)
+    norm = flat.norm(dim=-1)
+    share = (flat * whole).sum(-1) / (whole**2).sum(-1)
+    lengths, samples = norm.shape
+    table = pd.DataFrame(
+        {
+            "sample": np.tile(np.arange(samples), lengths),
+            "length": np.repeat(np.arange(lengths), samples),
+            "norm": norm.cpu().numpy().ravel(),
+            "share": share.cpu().numpy().ravel(),
+        }
+    )
+    return table if per_sample else table.drop(columns="sample")
+
+
+def mean_length(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Tensor:
+    """Return every image's mean path length Σ k ⟨g, G_k⟩ / ‖g‖², weighted by the signed shares of the gradient at y_0.
+
+    With G(t) = Σ t^k G_k it is ⟨g, dG/dt⟩ / ‖g‖² at t = 1, and the derivative follows from two vector-Jacobian products
+    of every branch.
+
+    Args:
+        chain: the network, in eval mode.
         x: normalised images ``(B, C, H, W)``.
         y: labels ``(B,)``.
         loss: maps logits ``(B, K)`` and ``y`` to a scalar.
 
     Returns:
-        n + 1 tensors of the shape of y_0; their sum is the gradient of the loss at y_0.
+        Lengths ``(B,)``. For a whole batch, average them with weights ‖g‖².
+
+    Raises:
+        ValueError: the chain is in training mode, or the loss is no scalar.
     """
-    with eval_mode(chain):
-        states, top = _states_and_top_gradient(chain, x, y, loss)
+    states, g = _states_and_top_gradient(chain, x, y, loss)
+    derivative = torch.zeros_like(g)
+    for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
+        through_skip, through_branch = _vjps(unit, state)
+        ways = _ways(unit, through_skip, through_branch)
+        derivative = _sum(way(derivative) for way in ways)
+        if 1 in _bits(unit):
+            derivative = derivative + through_branch(g)
+        g = _sum(way(g) for way in ways)
+    g, derivative = g.double().flatten(1), derivative.double().flatten(1)
+    return (g * derivative).sum(1) / (g**2).sum(1)
+
+
+def sample_path_gradients(
+    chain: Chain,
+    x: Tensor,
+    y: Tensor,
+    lengths: Iterable[int],
+    samples: int,
+    seed: int = 0,
+    loss: Loss = cross_entropy,
+) -> pd.DataFrame:
+    """Measure the gradient along random single paths, as section 5 and figure 6b of Veit et al. (2016).
+
+    The forward pass goes through the whole network. The backward pass goes through the branches alone at k units chosen
+    at random, and through the skips alone at the others.
+
+    Args:
+        chain: the network, in eval mode; use float64, since long paths carry less than float32 can hold.
+        x: normalised images ``(B, C, H, W)``.
+        y: labels ``(B,)``.
+        lengths: numbers k of branches.
+        samples: paths for each length.
+        seed: of the choices.
+        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+
+    Returns:
+        One row a path: ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
+
+    Raises:
+        ValueError: there is no path of such a length, the chain is in training mode, or the loss is no scalar.
+    """
+    ways = [_bits(unit) for unit in chain.units]
+    free = [i for i, bits in enumerate(ways) if len(bits) == 2]
+    always = [i for i, bits in enumerate(ways) if bits == (1,)]
+    lengths = list(lengths)
+    for k in lengths:
+        if not len(always) <= k <= len(always) + len(free):
+            raise ValueError(
+                f"no path has length {k}: this chain's have lengths {len(always)} to {len(always) + len(free)}"
+            )
+    states, top = _states_and_top_gradient(chain, x, y, loss)
+    vjps = [_vjps(unit, state) for unit, state in zip(chain.units, states[:-1], strict=True)]
+    random = np.random.default_rng(seed)
+    rows = []
+    for k in lengths:
+        for sample in range(samples):
+            taken = {*always, *random.choice(free, k - len(always), replace=False).tolist()}
+            g = top
+            for i in reversed(range(len(chain))):
+                g = vjps[i][i in taken](g)
+            rows.append({"length": k, "sample": sample, "norm": g.double().norm().item()})
+    return pd.DataFrame(rows)
+
+
+def path_norms(
+    chain: Chain, x: Tensor, y: Tensor, repeats: int, seed: int = 0, loss: Loss = cross_entropy
+) -> pd.DataFrame:
+    """Estimate Σ ‖g_path‖² over all paths of every length at once, by random signs.
+
+    Every branch is given an independent random sign for every image. In G_k ← S_i^T G_k ± J_i^T G_{k-1} the products of
+    different paths then cancel in expectation, so that E ‖G_k‖² is the sum over the paths of length k.
+
+    Args:
+        chain: the network, in eval mode; float64 for lengths at which the gradient is tiny.
+        x: normalised images ``(B, C, H, W)``.
+        y: labels ``(B,)``.
+        repeats: independent draws of all signs, at least 2.
+        seed: of the signs.
+        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+
+    Returns:
+        One row a length: ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how many
+        there are; ``rms_norm``, the root mean square of ‖g_path‖.
+
+    Raises:
+        ValueError: fewer than 2 repeats, the chain is in training mode, or the loss is no scalar.
+    """
+    if repeats < 2:
+        raise ValueError(f"{repeats} repeats give no standard error: use at least 2")
+    states, top = _states_and_top_gradient(chain, x, y, loss)
+    vjps = [_vjps(unit, state) for unit, state in zip(chain.units, states[:-1], strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    squares = np.zeros((repeats, len(chain) + 1))
+    for repeat in range(repeats):
         by_length: list[Tensor | None] = [top]
-        for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
-            through_skip, through_branch = _vjps(unit, state)
+        for unit, (through_skip, through_branch) in zip(reversed(chain.units), reversed(vjps), strict=True):
+            sign = 2.0 * torch.randint(2, (len(top), *[1] * (states[0].dim() - 1)), generator=generator) - 1
             bits = _bits(unit)
             skipped = [through_skip(g) if 0 in bits and g is not None else None for g in by_length]
             taken = [through_branch(g) if 1 in bits and g is not None else None for g in by_length]
-            by_length = [_add(s, t) for s, t in zip([*skipped, None], [None, *taken], strict=True)]
-    zero = torch.zeros_like(states[0])
-    return [zero if g is None else g for g in by_length]
+            signed = [None if g is None else g * sign.to(g) for g in taken]
+            by_length = [_sum((s, t)) for s, t in zip([*skipped, None], [None, *signed], strict=True)]
+        squares[repeat] = [0.0 if g is None else (g.double() ** 2).sum().item() for g in by_length]
+    free = sum(len(_bits(unit)) == 2 for unit in chain.units)
+    always = sum(_bits(unit) == (1,) for unit in chain.units)
+    paths = [math.comb(free, k - always) if k >= always else 0 for k in range(len(chain) + 1)]
+    total = squares.mean(0)
+    return pd.DataFrame(
+        {
+            "length": range(len(chain) + 1),
+            "sum_of_squares": total,
+            "standard_error": squares.std(0, ddof=1) / math.sqrt(repeats),
+            "paths": paths,
+            "rms_norm": [math.sqrt(s / c) if c else 0.0 for s, c in zip(total, paths, strict=True)],
+        }
+    )
+
+
+def count(n: int) -> int:
+    """Return the number of paths through n residual units, 2^n."""
+    return 2**n
+
+
+def length_distribution(n: int) -> pd.DataFrame:
+    """Return how many of the 2^n paths have each length: ``length``, ``paths`` C(n, k) and ``share``, exactly."""
+    paths = [math.comb(n, k) for k in range(n + 1)]
+    return pd.DataFrame({"length": range(n + 1), "paths": paths, "share": [p / 2**n for p in paths]})
+
+
+def surviving(n: int, d: int) -> pd.DataFrame:
+    """Return the share of the paths of each length that survive when d of n units are deleted, C(n-d, k) / C(n, k).
+
+    Compare figure 7 of Veit et al. (2016). Columns: ``length``, ``share``.
+
+    Raises:
+        ValueError: there are fewer than d units.
+    """
+    if not 0 <= d <= n:
+        raise ValueError(f"cannot delete {d} of {n} units")
+    return pd.DataFrame(
+        {"length": range(n + 1), "share": [math.comb(n - d, k) / math.comb(n, k) for k in range(n + 1)]}
+    )
 
 
 def _bits(unit: Unit) -> tuple[int, ...]:
@@ -106,8 +328,25 @@ def _bits(unit: Unit) -> tuple[int, ...]:
     return (0,) if unit.is_deleted else (0, 1) if unit.residual else (1,)
 
 
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+Way = Callable[[Tensor], Tensor]
+
+
+def _ways(unit: Unit, through_skip: Way, through_branch: Way) -> list[Way]:
+    return [(through_skip, through_branch)[bit] for bit in _bits(unit)]
+
+
+def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:
+    """Add the terms that there are."""
+    there = [term for term in terms if term is not None]
+    return functools.reduce(torch.add, there) if there else None
+
+
+def _to_pixels(chain: Chain, x: Tensor, gradients: Tensor) -> Tensor:
+    x = x.to(device_of(chain)).detach().requires_grad_()
+    y_0 = chain.stem(x)
+    if y_0 is x:
+        return gradients
+    return torch.stack([grad(y_0, x, g, retain_graph=True)[0] for g in gradients])
 
 
 def _scalar(value: Tensor) -> Tensor:
@@ -119,6 +358,10 @@ def _scalar(value: Tensor) -> Tensor:
 def _states_and_top_gradient(chain: Chain, x: Tensor, y: Tensor, loss: Loss) -> tuple[list[Tensor], Tensor]:
     """Return y_0 … y_n, detached, and the gradient of the loss at y_n."""
     device = device_of(chain)
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in chain.modules()):
+        raise ValueError(
+            "batch norm is in training mode, in which it ties the images of a batch together: call chain.eval() first"
+        )
     with torch.no_grad():
         states = chain.trace(x.to(device))
     last = states[-1].requires_grad_()

@@ -15,6 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path
 
 from .stats import seed_band
 
@@ -72,41 +73,67 @@ def seed_lines(
     return ax
 
 
+def network_label(network: str) -> str:
+    """Return a network's name as prose writes it, such as ResNet-110 for ``"resnet110"``."""
+    family = next((name for name in ("ResNet", "plain", "VGG") if network.startswith(name.lower())), None)
+    if family is None:
+        return network
+    depth, _, variant = network[len(family) :].partition("-")
+    variant = {"nobn": "without batch norm", "post": "of 2015"}.get(variant, variant)
+    return f"{family}-{depth} {variant}".strip()
+
+
 def damage(
-    table: pd.DataFrame, *, intact: float | None = None, ax: Axes | None = None, color: object = None, label: str = ""
+    table: pd.DataFrame,
+    *,
+    value: str = "error",
+    intact: float | None = None,
+    chance: float | None = None,
+    ax: Axes | None = None,
+    color: object = None,
+    label: str = "",
 ) -> Axes:
-    """Draw the error after each single deletion, as figure 3 of Veit et al. (2016), with intervals.
+    """Draw what each single deletion does, as figure 3 of Veit et al. (2016), with intervals.
 
     Args:
         table: of `unravelling.delete_each`; where it has a column ``seed``, the seeds' mean and range are drawn,
-            otherwise the Wilson interval.
+            otherwise the interval of the one network. Transition units are drawn as hollow diamonds.
+        value: what to draw: ``"error"``, ``"delta_error"`` or ``"delta_loss"``.
         intact: error of the intact network, drawn as a dashed line.
+        chance: error of guessing, drawn as a dotted line.
         ax: where to draw; new axes when None.
         color: of the points.
         label: for the legend.
     """
     ax = ax or plt.subplots()[1]
     color = color or _BLUE
+    scale = 1 if value.endswith("loss") else 100
+    rows = table.rename(columns={value: "middle", f"{value}_low": "low", f"{value}_high": "high"})
     if "seed" in table and table["seed"].nunique() > 1:
-        rows = table.groupby(["unit", "is_transition"], as_index=False)["error"].agg(["mean", "min", "max"])
-        rows = rows.rename(columns={"mean": "error", "min": "error_low", "max": "error_high"})
-    else:
-        rows = table
-    ax.vlines(rows["unit"], 100 * rows["error_low"], 100 * rows["error_high"], color=color, alpha=0.5, lw=2)
+        seeds = table.groupby(["unit", "is_transition"], as_index=False)[value]
+        rows = seeds.agg(middle="mean", low="min", high="max")
+    ax.vlines(rows["unit"], scale * rows["low"], scale * rows["high"], color=color, alpha=0.5, lw=2)
     for transition, marker in ((False, "o"), (True, "D")):
         some = rows[rows["is_transition"] == transition]
         ax.plot(
             some["unit"],
-            100 * some["error"],
+            scale * some["middle"],
             marker,
             color=color,
             mfc="white" if transition else color,
             ms=6 if transition else 4,
+            clip_on=False,
+            zorder=3,
             label=None if transition else label,
         )
     if intact is not None:
-        ax.axhline(100 * intact, color=color, ls="--", lw=1)
-    ax.set(xlabel="deleted unit", ylabel="test error (%)", ylim=(0, 100))
+        ax.axhline(scale * intact, color=color, ls="--", lw=1, zorder=1)
+    if chance is not None:
+        ax.axhline(scale * chance, color="0.4", ls=":", lw=1, zorder=1)
+    labels = {"error": "test error (%)", "delta_error": "Δ error (points)", "delta_loss": "Δ loss (nats)"}
+    ax.set(xlabel="deleted unit", ylabel=labels[value])
+    if value == "error":
+        ax.set_ylim(0, 100)
     return ax
 
 
@@ -145,35 +172,34 @@ def chain_diagram(n: int = 3, *, off: Iterable[int] = (), residual: bool = True,
 
     Args:
         n: number of units, numbered from 1 as in the paper's equations.
-        off: units whose branch is switched off.
+        off: units whose branch is switched off; without skips nothing passes them.
         residual: whether there are skips.
         ax: where to draw; new axes when None.
     """
     ax = ax or plt.subplots(figsize=(WIDTH, 1.6))[1]
     off = set(off)
     ax.text(-0.15, 0, "$y_0$", ha="right", va="center", fontsize=13)
+    cut = False  # in a plain chain nothing arrives behind the first unit that is off
     for i in range(1, n + 1):
         left = 2 * (i - 1)
-        dead = i in off
+        dead = cut or i in off
+        cut = dead and not residual
         _arrow(ax, (left, 0), (left + 0.5, 0), dead)
         _box(ax, (left + 0.85, 0), f"$f_{i}$", dead)
-        _arrow(ax, (left + 1.2, 0), (left + 1.58, 0), dead)
         if residual:
-            arc = FancyArrowPatch(
-                (left + 0.2, 0.02),
-                (left + 1.72, 0.14),
-                connectionstyle="arc3,rad=-0.55",
-                arrowstyle="-|>",
-                mutation_scale=11,
-                color=_BLUE,
-                lw=2,
-            )
-            ax.add_patch(arc)
-            ax.text(left + 1.72, 0, "+", ha="center", va="center", fontsize=13, bbox=_circle())
+            ax.plot([left, left + 0.2], [0, 0], color="black", lw=1.3)
+            a, b, top, r = left + 0.2, left + 1.72, 0.62, 0.15  # up, across with rounded corners, and down to the sum
+            line = [(a, 0), (a, top - r), (a, top), (a + r, top), (b - r, top), (b, top), (b, top - r), (b, 0.17)]
+            codes = [Path.MOVETO, Path.LINETO, *[Path.CURVE3] * 2, Path.LINETO, *[Path.CURVE3] * 2, Path.LINETO]
+            skip = FancyArrowPatch(path=Path(line, codes), arrowstyle="-|>", mutation_scale=11, color=_BLUE, lw=2)
+            ax.add_patch(skip)
+            _arrow(ax, (left + 1.2, 0), (b - 0.14, 0), dead)
+            ax.text(b, 0, "+", ha="center", va="center", fontsize=13, bbox=_circle())
+        out = [left + (1.86 if residual else 1.18), left + 2]
+        ax.plot(out, [0, 0], color="0.75" if cut else "black", ls=":" if cut else "-", lw=1.3)
         ax.text(left + 1.95, -0.42, f"$y_{i}$", ha="center", va="center", fontsize=13)
-        ax.plot([left + (1.86 if residual else 1.58), left + 2], [0, 0], color="black", lw=1.3)
-    _arrow(ax, (2 * n, 0), (2 * n + 0.3, 0), False)
-    ax.set(xlim=(-0.6, 2 * n + 0.4), ylim=(-0.65, 1.0), aspect="equal")
+    _arrow(ax, (2 * n, 0), (2 * n + 0.3, 0), cut)
+    ax.set(xlim=(-0.6, 2 * n + 0.4), ylim=(-0.6, 0.75), aspect="equal")
     ax.axis("off")
     return ax
 
@@ -199,7 +225,7 @@ def unravelled_diagram(n: int = 3, *, off: Iterable[int] = (), ax: Axes | None =
             if bit:
                 _box(ax, (2 * i - 1, y), f"$f_{i}$", dead, height=0.44)
         length = sum(bits)
-        ax.text(2 * n + 0.3, y, f"length {length}", va="center", fontsize=11, color="0.6" if dead else "black")
+        ax.text(2 * n + 0.3, y, f"length {length}", va="center", fontsize=11, color="0.45" if dead else "black")
     ax.text(-0.15, -0.31 * (len(paths) - 1), "input", ha="right", va="center", fontsize=12)
     ax.set(xlim=(-1.2, 2 * n + 2), ylim=(-0.62 * len(paths) + 0.2, 0.4))
     ax.axis("off")
@@ -226,7 +252,7 @@ def _box(ax: Axes, center: tuple[float, float], text: str, dead: bool, height: f
             FancyBboxPatch((x - 0.3, y - height / 2), 0.6, height, boxstyle="round,pad=0.03", fc="white", lw=0)
         )
     ax.add_patch(patch)
-    ax.text(x, y, text, ha="center", va="center", fontsize=13, color="0.6" if dead else "black", zorder=4)
+    ax.text(x, y, text, ha="center", va="center", fontsize=13, color="0.45" if dead else "black", zorder=4)
 
 
 def stage_boundaries(ax: Axes, table: pd.DataFrame) -> Axes:

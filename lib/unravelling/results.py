@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from .train import write_atomically
+from .data import write_atomically
 from .weights import data_folder
 
 KEYS = ["dataset", "network", "seed", "recipe"]

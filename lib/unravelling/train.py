@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from .chain import Chain, device_of, eval_mode
-from .data import Dataset, Split
+from .data import Dataset, Split, write_atomically
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,11 @@ class Recipe:
         weight_decay: L2 penalty on all parameters.
         crop: pixels of random shift each way.
         flip: whether images are mirrored at random.
+        survival: probability with which the last unit's branch takes part in a step, falling to it linearly from 1
+            (stochastic depth, Huang et al., 2016); all branches always do when None. A surviving branch is divided
+            by its probability in training, so that nothing is rescaled at test time; Huang et al. multiply then.
+        active: exactly how many branches take part in each step, chosen at random (Veit et al., 2016, section 5,
+            train on 23 of 54), each multiplied by units / active. Transition units count as the others.
         precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 autocast where the device computes in it.
     """
 
@@ -53,11 +57,17 @@ class Recipe:
     weight_decay: float = 1e-4
     crop: int = 0
     flip: bool = False
+    survival: float | None = None
+    active: int | None = None
     precision: str = "float32"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError(f"recipe {self.name!r} needs either epochs or iterations")
+        if self.survival is not None and self.active is not None:
+            raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
+        if self.survival is not None and not 0 < self.survival <= 1:
+            raise ValueError(f"recipe {self.name!r}: survival {self.survival} is not a probability above 0")
         for key, allowed in {"schedule": ("onecycle", "steps"), "precision": ("float32", "bfloat16", "auto")}.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(
@@ -77,12 +87,17 @@ class Recipe:
 
 RECIPES = {
     "digits": Recipe("digits", epochs=20, batch_size=64, lr=0.1, crop=1),
+    "digits-short-paths": Recipe("digits-short-paths", epochs=20, batch_size=64, lr=0.1, crop=1, active=23),
+    "digits-stochastic-depth": Recipe(
+        "digits-stochastic-depth", epochs=20, batch_size=64, lr=0.1, crop=1, survival=0.5
+    ),
     "short": Recipe("short", epochs=20, lr=0.2, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
     "paper": Recipe(
         "paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True
     ),
 }
-"""``digits``: half a minute a network; ``short``: CIFAR-10 in 20 epochs; ``paper``: 64k steps as He et al. (2015)."""
+"""``digits``: half a minute a network, and two variants that leave branches out. ``short``: CIFAR-10 in 20 epochs.
+``paper``: 64k steps as He et al. (2015)."""
 
 
 def fit(
@@ -117,15 +132,21 @@ def fit(
         ``validation_error``; errors as fractions, training ones averaged over the epoch's augmented batches.
 
     Raises:
-        ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset.
+        ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; or there
+            are fewer images than a batch needs.
+        OSError: the checkpoint could not be written, as on a full disk; the last one is still whole.
     """
     torch.set_flush_denormal(True)
     device = device_of(chain)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and _has_bfloat16(device))
     chain.to(memory_format=torch.channels_last)
     steps = len(data.train) // recipe.batch_size
+    if not steps:
+        raise ValueError(
+            f"a batch of {recipe.batch_size} images needs at least as many: this split has {len(data.train)}"
+        )
     total = recipe.iterations or (recipe.epochs or 0) * steps
-    epochs = math.ceil(total / max(1, steps))
+    epochs = math.ceil(total / steps)
     optimizer = torch.optim.SGD(
         chain.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
@@ -136,57 +157,86 @@ def fit(
     if path is not None and path.exists():
         history = _resume(path, identity, chain, optimizer, generator)
     last = epochs if stop_after is None else min(epochs, len(history) + stop_after)
-    bar = tqdm(
-        total=(last - len(history)) * steps, desc=f"training for {last} epochs", leave=False, disable=not progress
-    )
-    for epoch in range(len(history), last):
-        chain.train()
-        loss_sum = torch.zeros((), device=device)
-        wrong = torch.zeros((), device=device)
-        seen, lr = 0, 0.0
-        batches = data.train.shuffled(recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device)
-        for step, (x, y) in enumerate(batches, start=epoch * steps):
-            if step >= total:
-                break
-            lr = recipe.lr_at(step, total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                logits = chain(x)
-            loss = cross_entropy(logits.float(), y)
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.detach() * len(y)
-            wrong += (logits.argmax(1) != y).sum()
-            seen += len(y)
-            bar.update()
-        validation = evaluate(chain, data.validation)
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "lr": lr,
-                "train_loss": loss_sum.item() / seen,
-                "train_error": wrong.item() / seen,
-                "validation_loss": validation["loss"],
-                "validation_error": validation["error"],
-            }
-        )
-        bar.set_postfix_str(f"validation error {100 * validation['error']:.1f} %")
-        if on_epoch is not None:
-            on_epoch(epoch + 1, chain)
-        if path is not None:
-            state = {
-                "identity": json.dumps(identity, sort_keys=True),
-                "chain": chain.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
-                "history": history,
-            }
-            write_atomically(path, lambda temporary, state=state: torch.save(state, temporary))
-    bar.close()
+    label = f"training for {last} epochs"
+    with tqdm(total=(last - len(history)) * steps, desc=label, leave=False, disable=not progress) as bar:
+        for epoch in range(len(history), last):
+            chain.train()
+            loss_sum = torch.zeros((), device=device)
+            wrong = torch.zeros((), device=device)
+            seen, lr = 0, 0.0
+            batches = data.train.shuffled(
+                recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device
+            )
+            for step, (x, y) in enumerate(batches, start=epoch * steps):
+                if step >= total:
+                    break
+                lr = recipe.lr_at(step, total)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    logits = thinned(chain, recipe, generator)(x)
+                loss = cross_entropy(logits.float(), y)
+                loss.backward()
+                optimizer.step()
+                loss_sum += loss.detach() * len(y)
+                wrong += (logits.argmax(1) != y).sum()
+                seen += len(y)
+                bar.update()
+            validation = evaluate(chain, data.validation)
+            history.append(
+                {
+                    "epoch": epoch + 1,
+                    "lr": lr,
+                    "train_loss": loss_sum.item() / seen,
+                    "train_error": wrong.item() / seen,
+                    "validation_loss": validation["loss"],
+                    "validation_error": validation["error"],
+                }
+            )
+            bar.set_postfix_str(f"validation error {100 * validation['error']:.1f} %")
+            if on_epoch is not None:
+                on_epoch(epoch + 1, chain)
+            if path is not None:
+                state = {
+                    "identity": json.dumps(identity, sort_keys=True),
+                    "chain": chain.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "history": history,
+                }
+                write_atomically(path, lambda temporary, state=state: torch.save(state, temporary))
     chain.eval()
     return pd.DataFrame(history)
+
+
+def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
+    """Return the part of a chain that one step trains: all of it, unless the recipe has ``survival`` or ``active``.
+
+    Args:
+        chain: the network that is trained; the result shares its parameters.
+        recipe: how branches are left out.
+        generator: of the choice.
+
+    Raises:
+        ValueError: more active units than there are, or a plain unit, which has no skip to be left with.
+    """
+    n = len(chain)
+    if recipe.survival is None and recipe.active is None:
+        return chain
+    if not all(unit.residual for unit in chain.units):
+        raise ValueError(f"recipe {recipe.name!r} leaves branches out, but this network has units without a skip")
+    if recipe.active is not None:
+        if not 1 <= recipe.active <= n:
+            raise ValueError(f"recipe {recipe.name!r} needs {recipe.active} active units: this chain has {n}")
+        keep = torch.zeros(n, dtype=torch.bool)
+        keep[torch.randperm(n, generator=generator)[: recipe.active]] = True
+        probability = torch.full((n,), recipe.active / n)
+    else:
+        probability = 1 - torch.arange(1, n + 1) / n * (1 - recipe.survival)
+        keep = torch.rand(n, generator=generator) < probability
+    kept = zip(chain.units, keep.tolist(), probability.tolist(), strict=True)
+    return chain.with_units(unit.scaled(1 / p) if k else unit.deleted() for unit, k, p in kept)
 
 
 def evaluate(chain: nn.Module, data: Split | Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -214,17 +264,6 @@ def fingerprint(split: Split) -> str:
     digest = hashlib.sha256(split.images.contiguous().numpy())
     digest.update(split.labels.numpy())
     return digest.hexdigest()[:16]
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)`` and rename the result to ``path``, so that ``path`` is never half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _resume(

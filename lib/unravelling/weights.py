@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .chain import Chain
+from .data import write_atomically
 from .nets import build
-from .train import write_atomically
 
 FORMAT = "unravelling/1"
 
@@ -99,7 +99,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from error
-    head = json.loads(metadata.get("unravelling", "{}"))
-    if head.get("format") != FORMAT:
+    try:
+        head = json.loads(metadata.get("unravelling", "{}"))
+    except ValueError:
+        head = None
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by unravelling.save: its header lacks format {FORMAT!r}")
     return head, tensors

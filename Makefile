@@ -1,0 +1,50 @@
+# make book      execute every notebook and build the pages        make refresh   write fresh outputs into book/
+# make test      lint, build, run every test and every notebook    make weights   train the shipped networks anew
+# make clean     remove _build (never .venv, data or anything committed)
+#
+# Needs Python >= 3.10 (make PYTHON=python3.12 to choose one) and access to a package index, nothing else.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := book
+.PHONY: book test refresh weights clean
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+# The stamp is the last thing written: without it the environment counts as unfinished and is made afresh.
+.venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, and " \
+	  + sys.executable + " is " + sys.version.split()[0] + "; choose another: make PYTHON=python3.12")'
+	@test -e $@ || $(PYTHON) -m venv --clear .venv
+	@rm -f $@
+	@echo "installing requirements.txt into .venv; this takes minutes the first time, and gigabytes on Linux"
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
+	@touch $@
+
+book: .venv/.installed
+	@$(RUN) scripts/book.py execute
+	@$(RUN) scripts/book.py html
+
+test: .venv/.installed
+	$(RUN) -m ruff check .
+	$(RUN) scripts/book.py html --committed
+	$(RUN) -m pytest --nbval-lax --nbval-current-env tests book
+
+refresh: .venv/.installed
+	@$(RUN) scripts/book.py refresh
+
+# Interrupted, it goes on where it was; finished, it starts from scratch the next time.
+SHIPPED := resnet110 resnet20 plain20 vgg15
+weights: .venv/.installed
+	$(RUN) -m unravelling train $(SHIPPED) vgg15-nobn resnet32 resnet56 plain32 plain56 --seeds 0-4
+	$(RUN) -m unravelling measure $(SHIPPED) vgg15-nobn --seeds 0-4 --what delete_each delete_random delete_reestimated
+	mkdir -p data/weights/digits data/results/digits
+	for file in $(SHIPPED:%=weights/digits/%-seed0.safetensors) $$(cd _build/runs && ls results/digits/*.csv results/digits/provenance.json); do \
+	  cp _build/runs/$$file data/$$file.new && mv data/$$file.new data/$$file; done
+	rm -r _build/runs
+
+
+clean:
+	rm -rf _build

@@ -1,0 +1,100 @@
+"""Real ensembles, and the sub-networks of one chain treated as one, to compare a residual network with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.special import log_softmax, logsumexp
+
+from .chain import Chain
+from .data import Split
+from .lesion import Batches, score, summarize, variant_logits
+
+
+def predictions(chains: Sequence[Chain], data: Split | Batches) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits ``(members, images, K)`` of several networks on the same images, and labels ``(images,)``."""
+    if not chains:
+        raise ValueError("an ensemble needs at least one member")
+    logits = [variant_logits(chain, data, [range(len(chain))]) for chain in chains]
+    return np.concatenate([member for member, _ in logits]), logits[0][1]
+
+
+def average(logits: np.ndarray) -> np.ndarray:
+    """Return the log of the members' mean class probabilities, ``(images, K)``, for logits ``(members, images, K)``."""
+    return logsumexp(log_softmax(logits.astype(float), axis=-1), axis=0) - np.log(len(logits))
+
+
+def remove_members(
+    logits: np.ndarray, labels: np.ndarray, removed: Iterable[int], trials: int, seed: int = 0
+) -> pd.DataFrame:
+    """Remove members of an ensemble at random and average the rest: what deleting blocks is compared with.
+
+    Args:
+        logits: of the members, ``(members, images, K)``, from `predictions`.
+        labels: ``(images,)``.
+        removed: numbers of members to remove.
+        trials: random choices for each number.
+        seed: of the choices.
+
+    Returns:
+        One row a choice: ``removed``, ``trial``, then the columns of `unravelling.lesion.summarize`, where the intact
+        network is the whole ensemble.
+
+    Raises:
+        ValueError: nothing would be left.
+    """
+    members = len(logits)
+    random = np.random.default_rng(seed)
+    rows, averages = [], [average(logits)]
+    for number in removed:
+        if not 0 <= number < members:
+            raise ValueError(f"cannot remove {number} of {members} members: leave at least one")
+        for trial in range(trials):
+            kept = random.choice(members, members - number, replace=False)
+            rows.append({"removed": number, "trial": trial})
+            averages.append(average(logits[kept]))
+    return pd.DataFrame(rows).join(summarize(*score(np.stack(averages), labels)))
+
+
+def random_subnetworks(
+    chain: Chain, data: Split | Batches, active: int, members: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run sub-networks of one chain, each with ``active`` units chosen at random and the other units deleted.
+
+    Args:
+        chain: a trained network.
+        data: a split, or batches of normalised images ``(B, C, H, W)`` and labels ``(B,)`` that can be iterated over.
+        active: units that stay; transition units count as the others.
+        members: how many sub-networks.
+        seed: of the choices.
+
+    Returns:
+        Logits ``(members, images, K)`` and labels ``(images,)``, as of an ensemble.
+
+    Raises:
+        ValueError: more active units than there are.
+    """
+    if not 0 <= active <= len(chain):
+        raise ValueError(f"cannot keep {active} units: this chain has {len(chain)}")
+    random = np.random.default_rng(seed)
+    kept = [set(random.choice(len(chain), active, replace=False).tolist()) for _ in range(members)]
+    return variant_logits(chain, data, [[i if i in some else ~i for i in range(len(chain))] for some in kept])
+
+
+def disagreement(logits: np.ndarray) -> float:
+    """Return the share of images on which two different members disagree, averaged over all pairs of members.
+
+    Args:
+        logits: of the members, ``(members, images, K)``.
+
+    Raises:
+        ValueError: fewer than two members.
+    """
+    members, _, classes = logits.shape
+    if members < 2:
+        raise ValueError("disagreement needs at least two members")
+    votes = np.eye(classes)[logits.argmax(-1)].sum(0)  # (images, K): members that choose each class
+    agreeing = (votes * (votes - 1)).sum(1) / (members * (members - 1))
+    return float(1 - agreeing.mean())

@@ -1,0 +1,178 @@
+"""The measurements whose results are stored: each takes a chain, its dataset and its seed, and returns a tidy table."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import lesion, paths
+from .chain import Chain, device_of
+from .data import Dataset, Split
+from .ensemble import average, disagreement, random_subnetworks
+from .train import evaluate
+
+K = (1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30)
+TRIALS = 50
+SWAPS = (1, 2, 4, 8, 16, 32, 64, 128, None)
+ACTIVE = (10, 20, 30, 35, 40, 44, 48, 51, 54)
+
+
+def delete_each(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Delete every unit in turn, on all test images."""
+    return lesion.delete_each(chain, data.test)
+
+
+def delete_random(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Delete k units at random, `TRIALS` times for each k of `K`."""
+    return lesion.delete_random(chain, data.test, _numbers(chain), TRIALS, seed)
+
+
+def delete_reestimated(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Repeat some lesions of `delete_random`, five a k, with batch norm re-estimated on training images."""
+    chosen = lesion.delete_random(chain, data.test, _numbers(chain), 5, seed)
+    batches = data.train.take(torch.arange(min(1000, len(data.train)))).batches(250)
+    rows = []
+    for row in chosen.itertuples():
+        healed = lesion.reestimate_batch_norm(chain.without(*map(int, row.units.split())), batches)
+        score = evaluate(healed, data.test)
+        rows.append({"reestimated_error": score["error"], "reestimated_loss": score["loss"]})
+    return chosen[["k", "trial", "units", "images", "error", "loss", "delta_error"]].join(pd.DataFrame(rows))
+
+
+def delete_pairs(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Delete 300 random pairs of units: with `delete_each`, the interaction of two deletions."""
+    pairs = lesion.delete_random(chain, data.test, 2, 300, seed)
+    return pairs[["trial", "units", "images", "error", "loss", "delta_error", "delta_loss"]]
+
+
+def damage(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return the damage matrix: one row a test image, and how much deleting each unit adds to its loss (nats)."""
+    intact = tuple(range(len(chain)))
+    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
+    _, loss = lesion.evaluate_variants(chain, data.test, variants)
+    table = pd.DataFrame((loss[1:] - loss[0]).T, columns=[f"unit{i}" for i in intact]).round(4)
+    table.insert(0, "label", data.test.labels.numpy())
+    table.insert(0, "image", np.arange(len(table)))
+    return table
+
+
+def reorder(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Swap random pairs of units, 25 orders for each number of swaps of `SWAPS` that the chain has pairs for."""
+    table = lesion.reorder(chain, data.test, SWAPS, 25, seed)
+    return table.drop(columns="order")
+
+
+def spectrum(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return the exact gradient by path length for five batches of 64 test and of 64 training images."""
+    tables = []
+    for split in ("test", "train"):
+        for batch, (x, y) in enumerate(_batches(getattr(data, split), chain, 64)[:5]):
+            table = paths.spectrum(paths.gradient_by_length(chain, x, y))
+            tables.append(table.assign(split=split, batch=batch))
+    return pd.concat(tables)[["split", "batch", "length", "norm", "share"]]
+
+
+def path_norms(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Estimate the norms of single paths on 32 test images, by random signs and by sampling as the paper does.
+
+    Columns: those of `unravelling.paths.path_norms`, then ``exact``, the norm of their exact sum ‖G_k‖, and the mean
+    and standard deviation ``sampled_mean``, ``sampled_std`` of ``sampled`` paths. All in float64.
+    """
+    chain = copy.deepcopy(chain).double()
+    x, y = _batches(data.test, chain, 32)[0]
+    x = x.double()
+    table = paths.path_norms(chain, x, y, 20, seed)
+    table["exact"] = paths.spectrum(paths.gradient_by_length(chain, x, y))["norm"]
+    lengths = table.loc[table["paths"] > 0, "length"]
+    samples = paths.sample_path_gradients(chain, x, y, lengths, 20, seed).groupby("length")["norm"]
+    return table.join(samples.agg(sampled_mean="mean", sampled_std="std", sampled="size"), on="length")
+
+
+def lengths(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return every test image's mean path length and its mode, the length with the largest share."""
+    rows = []
+    for x, y in _batches(data.test, chain, 100):
+        table = paths.spectrum(paths.gradient_by_length(chain, x, y), per_sample=True)
+        shares = table.pivot(index="sample", columns="length", values="share")
+        mean = shares.mul(shares.columns).sum(axis=1)
+        rows.append(pd.DataFrame({"mean_length": mean, "mode": shares.idxmax(axis=1), "label": y.cpu().numpy()}))
+    table = pd.concat(rows, ignore_index=True)
+    return table.rename_axis("image").reset_index()
+
+
+def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return for every unit how large its branch is, and whether it moves the state against the gradient of the loss.
+
+    Columns: ``unit``; ``ratio``, the median over test images of ‖f‖ / ‖skip(y)‖; ``cosine`` of f and the skip;
+    ``descent``, the cosine of f and minus the gradient of the image's loss at the sum (Jastrzębski et al., 2018). The
+    last two are means over the images.
+    """
+    x, y = _batches(data.test, chain, len(data.test))[0]
+    states = chain.trace(x)
+    loss = torch.nn.functional.cross_entropy(chain.head(states[-1]), y, reduction="sum")
+    gradients = torch.autograd.grad(loss, states[1:])
+    rows = []
+    for i, unit in enumerate(chain.units):
+        with torch.no_grad():
+            f, skip = (part(states[i]).flatten(1) for part in (unit.branch, unit.skip))
+        cosine = torch.nn.functional.cosine_similarity
+        rows.append(
+            {
+                "unit": i,
+                "ratio": (f.norm(dim=1) / skip.norm(dim=1)).median().item(),
+                "cosine": cosine(f, skip).mean().item(),
+                "descent": cosine(f, -gradients[i].flatten(1)).mean().item(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def subnetworks(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Average 20 random sub-networks of each size in `ACTIVE`: are they competent alone, and do they disagree?"""
+    rows = []
+    for active in (a for a in ACTIVE if a <= len(chain)):
+        logits, labels = random_subnetworks(chain, data.test, active, 20, seed)
+        wrong, _ = lesion.score(logits, labels)
+        averaged, _ = lesion.score(average(logits), labels)
+        rows.append(
+            {
+                "active": active,
+                "members": len(logits),
+                "mean_error": wrong.mean(),
+                "best_error": wrong.mean(1).min(),
+                "averaged_error": averaged.mean(),
+                "disagreement": disagreement(logits),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+MEASUREMENTS: dict[str, Callable[[Chain, Dataset, int], pd.DataFrame]] = {
+    measurement.__name__: measurement
+    for measurement in (
+        delete_each,
+        delete_random,
+        delete_reestimated,
+        delete_pairs,
+        damage,
+        reorder,
+        spectrum,
+        path_norms,
+        lengths,
+        branches,
+        subnetworks,
+    )
+}
+"""What ``python -m unravelling measure --what`` knows."""
+
+
+def _numbers(chain: Chain) -> list[int]:
+    return [k for k in K if k < len(chain)]
+
+
+def _batches(split: Split, chain: Chain, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return split.batches(size, device_of(chain))
