@@ -6,22 +6,23 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from . import lesion, weights
+from . import measure, weights
 from .chain import Chain
 from .data import Dataset, load_dataset
+from .measure import MEASUREMENTS
 from .nets import SHAPES, build
 from .paths import gradient_norms
 from .results import KEYS, store
 from .train import RECIPES, evaluate, fit
 
-K = (1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30)
-TRIALS = 50
+DEFAULT_RECIPES = {"digits": "digits", "cifar10": "short"}
+SNAPSHOTS = {0, 1, 2, 5, 10, 15, 20, 50, 100, 164}
+"""Epochs after which the gradient by path length is measured, where a run has them."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,18 +47,18 @@ def main(arguments: list[str] | None = None) -> int:
         "train", parents=[common], help="train networks", description="Train networks; write weights and curves."
     )
     train.set_defaults(run=_train)
-    measure = commands.add_parser(
+    measuring = commands.add_parser(
         "measure",
         parents=[common],
         help="measure trained networks",
         description="Measure networks that train has made.",
     )
-    measure.add_argument("--what", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="default: all")
-    measure.set_defaults(run=_measure)
+    measuring.add_argument("--what", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="default: all")
+    measuring.set_defaults(run=_measure)
     options = parser.parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.recipe = options.recipe or {"digits": "digits", "cifar10": "short"}[options.dataset]
+    options.recipe = options.recipe or DEFAULT_RECIPES[options.dataset]
     options.line = "python -m unravelling " + " ".join(sys.argv[1:] if arguments is None else arguments)
     torch.set_flush_denormal(True)
     try:
@@ -89,18 +90,22 @@ def _train(options: argparse.Namespace, data: Dataset, network: str, seed: int) 
     fixed = data.train.take(torch.arange(256)).batches(256, options.device)[0]
     recipe = RECIPES[options.recipe]
 
-    def norms(epoch: int, chain: Chain) -> None:
+    def snapshot(epoch: int, chain: Chain) -> None:
+        """Measure the network during training, into a file beside the checkpoint."""
         chain.train()
-        table = gradient_norms(chain, *fixed)
-        table.insert(0, "epoch", epoch)
-        write = checkpoint.with_suffix(f".{epoch}.csv")
-        write.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(write, index=False)
+        tables = {"gradient_norms": gradient_norms(chain, *fixed)}
+        if epoch in SNAPSHOTS and all(unit.residual for unit in chain.units):
+            tables["spectrum_training"] = measure.spectrum_now(chain, data)
+        for what, table in tables.items():
+            table.insert(0, "epoch", epoch)
+            path = checkpoint.with_suffix(f".{epoch}.{what}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.to_csv(path, index=False)
 
     start = time.perf_counter()
     if not checkpoint.exists():
-        norms(0, chain)
-    history = fit(chain, data, recipe, seed=seed, checkpoint=checkpoint, on_epoch=norms)
+        snapshot(0, chain)
+    history = fit(chain, data, recipe, seed=seed, checkpoint=checkpoint, on_epoch=snapshot)
     seconds = time.perf_counter() - start
     scores = {split: evaluate(chain, getattr(data, split)) for split in ("train", "validation", "test")}
     key = dict(zip(KEYS, (options.dataset, network, seed, options.recipe), strict=True))
@@ -110,9 +115,14 @@ def _train(options: argparse.Namespace, data: Dataset, network: str, seed: int) 
     parameters = sum(p.numel() for p in chain.parameters())
     _store(pd.DataFrame([key | {"parameters": parameters} | summary]), results / "networks.csv", key, options, seconds)
     _store(history, results / "training.csv", key, options, seconds)
-    epochs = sorted({0, 1, len(history) // 2, len(history)})
-    curves = pd.concat([pd.read_csv(checkpoint.with_suffix(f".{epoch}.csv")) for epoch in epochs])
-    _store(curves, results / "gradient_norms.csv", key, options, seconds)
+    for what, epochs in (
+        ("gradient_norms", {0, 1, len(history) // 2, len(history)}),
+        ("spectrum_training", SNAPSHOTS & {0, *history["epoch"]}),
+    ):
+        files = [checkpoint.with_suffix(f".{epoch}.{what}") for epoch in sorted(epochs)]
+        if files[0].exists():
+            table = pd.concat([pd.read_csv(file) for file in files])
+            _store(table, results / f"{what}.csv", key, options, seconds)
     errors = {f"{split}_error": score["error"] for split, score in scores.items()}
     weights.save(chain, path, dataset=options.dataset, recipe=options.recipe, seed=seed, **errors)
     for left in checkpoint.parent.glob(f"{checkpoint.stem}.*"):
@@ -137,36 +147,9 @@ def _measure(options: argparse.Namespace, data: Dataset, network: str, seed: int
         print(f"{network}-seed{seed}: {what}, {seconds:.0f} s")
 
 
-def _delete_each(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
-    return lesion.delete_each(chain, data.test)
-
-
-def _delete_random(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
-    numbers = [k for k in K if k < len(chain)]
-    return lesion.delete_random(chain, data.test, numbers, TRIALS, seed)
-
-
-def _delete_reestimated(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
-    """Lesions of `delete_random`, five a k, with batch norm re-estimated on training images."""
-    chosen = lesion.delete_random(chain, data.test, [k for k in K if k < len(chain)], 5, seed)
-    batches = data.train.take(torch.arange(min(1000, len(data.train)))).batches(250)
-    rows = []
-    for row in chosen.itertuples():
-        healed = lesion.reestimate_batch_norm(chain.without(*map(int, row.units.split())), batches)
-        score = evaluate(healed, data.test)
-        rows.append({"reestimated_error": score["error"], "reestimated_loss": score["loss"]})
-    return chosen[["k", "trial", "units", "images", "error", "loss", "delta_error"]].join(pd.DataFrame(rows))
-
-
-MEASUREMENTS: dict[str, Callable[[Chain, Dataset, int], pd.DataFrame]] = {
-    "delete_each": _delete_each,
-    "delete_random": _delete_random,
-    "delete_reestimated": _delete_reestimated,
-}
-
-
 def _weights_path(options: argparse.Namespace, network: str, seed: int) -> Path:
-    return options.out / "weights" / options.dataset / f"{network}-seed{seed}.safetensors"
+    variant = "" if options.recipe == DEFAULT_RECIPES[options.dataset] else f"-{options.recipe}"
+    return options.out / "weights" / options.dataset / f"{network}{variant}-seed{seed}.safetensors"
 
 
 def _check_recipe(path: Path, options: argparse.Namespace) -> None:

@@ -121,7 +121,7 @@ def delete_random(
         IndexError: a candidate does not exist.
     """
     pool = chain.check_indices(range(len(chain)) if candidates is None else candidates)
-    numbers = [k] if isinstance(k, int) else list(k)
+    numbers = list(k) if isinstance(k, Iterable) else [k]
     for number in numbers:
         if not 0 <= number <= len(pool):
             raise ValueError(f"cannot delete {number} units: there are {len(pool)} to choose from")
@@ -169,7 +169,7 @@ def reorder(
         raise ValueError(
             f"no two of the {len(chain)} units can change places: no stage has two that preserve the shape"
         )
-    numbers = [swaps] if swaps is None or isinstance(swaps, int) else list(swaps)
+    numbers = list(swaps) if isinstance(swaps, Iterable) else [swaps]
     for number in numbers:
         if number is not None and not 0 <= number <= len(pairs):
             raise ValueError(f"cannot swap {number} different pairs: there are {len(pairs)} of equal shape")

@@ -76,6 +76,17 @@ def spectrum(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     return pd.concat(tables)[["split", "batch", "length", "norm", "share"]]
 
 
+def spectrum_now(chain: Chain, data: Dataset) -> pd.DataFrame:
+    """Return the exact gradient by path length on 64 validation images, for a network in training.
+
+    Batch norm statistics are averaged over 256 training images first: the running ones lag behind, and before the first
+    step there are none.
+    """
+    chain = lesion.reestimate_batch_norm(chain, _batches(data.train.take(torch.arange(256)), chain, 128))
+    x, y = _batches(data.validation, chain, 64)[0]
+    return paths.spectrum(paths.gradient_by_length(chain, x, y))
+
+
 def path_norms(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Estimate the norms of single paths on 32 test images, by random signs and by sampling as the paper does.
 

@@ -34,11 +34,13 @@ def gradient_norms(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entrop
     """
     buffers = {name: buffer.clone() for name, buffer in chain.named_buffers()}
     x = x.to(device_of(chain)).detach().requires_grad_()  # y_0 is x itself where the stem does nothing
-    states = chain.trace(x)
-    gradients = grad(_scalar(loss(chain.head(states[-1]), y.to(x.device))), states)
-    with torch.no_grad():
-        for name, buffer in chain.named_buffers():
-            buffer.copy_(buffers[name])
+    try:
+        states = chain.trace(x)
+        gradients = grad(_scalar(loss(chain.head(states[-1]), y.to(x.device))), states)
+    finally:
+        with torch.no_grad():
+            for name, buffer in chain.named_buffers():
+                buffer.copy_(buffers[name])
     norms = [g.double().norm().item() for g in gradients]
     return pd.DataFrame({"state": range(len(norms)), "gradient_norm": norms})
 
@@ -364,7 +366,7 @@ def _states_and_top_gradient(chain: Chain, x: Tensor, y: Tensor, loss: Loss) -> 
         )
     with torch.no_grad():
         states = chain.trace(x.to(device))
-    last = states[-1].requires_grad_()
+    last = states[-1].detach().requires_grad_()  # not in place: it may be the caller's x
     return states, grad(_scalar(loss(chain.head(last), y.to(device))), last)[0]
 
 
