@@ -231,9 +231,9 @@ def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
             raise ValueError(f"recipe {recipe.name!r} needs {recipe.active} active units: this chain has {n}")
         keep = torch.zeros(n, dtype=torch.bool)
         keep[torch.randperm(n, generator=generator)[: recipe.active]] = True
-        probability = torch.full((n,), recipe.active / n)
+        probability = torch.full((n,), recipe.active / n, dtype=torch.float64)
     else:
-        probability = 1 - torch.arange(1, n + 1) / n * (1 - recipe.survival)
+        probability = 1 - torch.arange(1, n + 1, dtype=torch.float64) / n * (1 - recipe.survival)
         keep = torch.rand(n, generator=generator) < probability
     kept = zip(chain.units, keep.tolist(), probability.tolist(), strict=True)
     return chain.with_units(unit.scaled(1 / p) if k else unit.deleted() for unit, k, p in kept)
