@@ -1,6 +1,6 @@
 # make book      execute every notebook and build the pages        make refresh   write fresh outputs into book/
 # make test      lint, build, run every test and every notebook    make weights   train the shipped networks anew
-# make clean     remove _build (never .venv, data or anything committed)
+# make clean     remove _build, never .venv or data                make bench     compare speed, side by side
 #
 # Needs Python >= 3.10 (make PYTHON=python3.12 to choose one) and access to a package index, nothing else.
 
@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := book
-.PHONY: book test refresh weights clean
+.PHONY: book test refresh weights bench clean
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -45,6 +45,9 @@ weights: .venv/.installed
 	  cp _build/runs/$$file data/$$file.new && mv data/$$file.new data/$$file; done
 	rm -r _build/runs
 
+
+bench: .venv/.installed
+	$(RUN) benchmarks/bench.py
 
 clean:
 	rm -rf _build
