@@ -1,7 +1,7 @@
 """Side-by-side speed of what the library does and of the usual way: ``make bench``.
 
-The arms are interleaved, after one unmeasured round each. Every arm is reported by its minimum and median in seconds and
-by its ratio to the first. Nothing here is a test.
+The arms are interleaved, after one unmeasured round each. Every arm is reported by its minimum and median in seconds
+and by its ratio to the first. Nothing here is a test.
 """
 
 import argparse
