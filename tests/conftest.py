@@ -1,0 +1,18 @@
+"""Settings that all tests share."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("unravelling", deadline=None, derandomize=True, database=None, max_examples=25)
+settings.load_profile("unravelling")
+torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """Keep the reader's own cache and data out of the tests, and the process as it was found."""
+    monkeypatch.setenv("UNRAVELLING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("UNRAVELLING_DATA", raising=False)
+    yield
+    torch.set_flush_denormal(False)

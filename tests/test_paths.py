@@ -1,0 +1,288 @@
+"""Path gradients against autograd through forward passes written by hand, in float64."""
+
+import copy
+import math
+from itertools import product
+
+import pytest
+import torch
+from helpers import SMALL, images, mix_modes, randomized, shortcut_by_hand, small, snapshot, states_by_hand
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import grad
+from torch.nn.functional import cross_entropy, relu
+from unravelling import Chain, Unit, gradient_by_length, gradient_norms, path_gradients, plain, resnet
+
+KINDS = {
+    "pre": lambda depth, seed: resnet(depth, width=3, in_channels=1, seed=seed),
+    "post": lambda depth, seed: resnet(depth, width=3, in_channels=1, seed=seed, preactivation=False),
+    "pre-projection": lambda depth, seed: resnet(depth, width=3, in_channels=1, seed=seed, shortcut="projection"),
+    "post-projection": lambda depth, seed: resnet(
+        depth, width=3, in_channels=1, seed=seed, preactivation=False, shortcut="projection"
+    ),
+    "plain": lambda depth, seed: plain(depth, width=3, in_channels=1, seed=seed),
+    "plain-post": lambda depth, seed: plain(depth, width=3, in_channels=1, seed=seed, preactivation=False),
+}
+
+
+@st.composite
+def cases(draw, depths=(8, 14)):
+    """A kind, its intact chain with random statistics, the units to delete, images and labels."""
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    depth = draw(st.sampled_from(depths))
+    seed = draw(st.integers(0, 1000))
+    chain = randomized(KINDS[kind](depth, seed), seed, torch.float64)
+    gone = tuple(sorted(draw(st.sets(st.integers(0, len(chain) - 1), max_size=len(chain) - 1))))
+    return kind, chain, gone, *images(2, seed, torch.float64)
+
+
+def gate(value, factor):
+    """Keep the value and scale its gradient."""
+    return value.detach() + factor * (value - value.detach())
+
+
+def gated_gradient(kind, chain, gone, x, y, through_skip, through_branch):
+    """The gradient at y_0 by one backward pass, the Jacobian of every skip and branch scaled by a number of its own."""
+    first = state = chain.stem(x).detach().requires_grad_()
+    for i, unit in enumerate(chain.units):
+        f = state
+        for layer in unit.branch:
+            f = layer(f)
+        skip = gate(shortcut_by_hand(unit, state, f.shape), through_skip[i])
+        f = gate(f, through_branch[i])
+        state = skip if i in gone else f if kind.startswith("plain") else skip + f
+        state = relu(state) if "post" in kind else state
+    return grad(cross_entropy(chain.head(state), y), first)[0]
+
+
+def ways(kind, chain, gone):
+    """For every unit, the bits that a path can have there."""
+    return [(0,) if i in gone else (1,) if kind.startswith("plain") else (0, 1) for i in range(len(chain))]
+
+
+def brute_force(kind, chain, gone, x, y):
+    return {
+        bits: gated_gradient(kind, chain, gone, x, y, [1 - bit for bit in bits], bits)
+        for bits in product(*ways(kind, chain, gone))
+    }
+
+
+def whole_gradient(chain, x, y):
+    first = chain.stem(x).detach().requires_grad_()
+    state = first
+    for unit in chain.units:
+        state = unit(state)
+    return grad(cross_entropy(chain.head(state), y), first)[0]
+
+
+def close(a, b, scale=None, tolerance=1e-12):
+    scale = b.norm() if scale is None else scale
+    return (a - b).norm() <= tolerance * scale
+
+
+# ---------------------------------------------------------------- all paths
+
+
+@given(cases())
+def test_paths_sum_to_autograds_gradient(case):
+    kind, chain, gone, x, y = case
+    lesioned = chain.without(*gone)
+    paths = path_gradients(lesioned, x, y)
+    assert paths.keys() == set(product(*ways(kind, chain, gone)))
+    expected = whole_gradient(lesioned, x, y)
+    assert expected.norm() > 0
+    assert close(sum(paths.values()), expected)
+
+
+@given(cases(depths=(8,)))
+def test_every_path_by_a_backward_pass_of_its_own(case):
+    kind, chain, gone, x, y = case
+    paths = path_gradients(chain.without(*gone), x, y)
+    expected = brute_force(kind, chain, gone, x, y)
+    scale = max(g.norm() for g in expected.values())
+    assert paths.keys() == expected.keys()
+    for bits, g in expected.items():
+        assert close(paths[bits], g, scale), bits
+
+
+# ---------------------------------------------------------------- by length
+
+
+@given(cases())
+def test_lengths_sum_to_autograds_gradient(case):
+    _, chain, gone, x, y = case
+    lesioned = chain.without(*gone)
+    by_length = gradient_by_length(lesioned, x, y)
+    assert len(by_length) == len(chain) + 1
+    assert close(sum(by_length), whole_gradient(lesioned, x, y))
+
+
+@given(cases(depths=(8,)))
+def test_every_length_is_the_sum_of_its_paths(case):
+    kind, chain, gone, x, y = case
+    by_length = gradient_by_length(chain.without(*gone), x, y)
+    paths = brute_force(kind, chain, gone, x, y)
+    scale = max(g.norm() for g in paths.values())
+    for k, g in enumerate(by_length):
+        expected = sum((p for bits, p in paths.items() if sum(bits) == k), torch.zeros_like(g))
+        assert close(g, expected, scale), k
+
+
+@given(cases(depths=(8, 14, 20)), st.floats(-2, 2))
+def test_lengths_are_the_coefficients_of_the_gated_gradient(case, z):
+    kind, chain, gone, x, y = case
+    n = len(chain)
+    by_length = gradient_by_length(chain.without(*gone), x, y)
+    terms = [z**k * g for k, g in enumerate(by_length)]
+    expected = gated_gradient(kind, chain, gone, x, y, [1] * n, [z] * n)
+    assert close(sum(terms), expected, max(term.norm() for term in terms))
+
+
+def test_a_plain_network_has_one_length_and_a_deleted_one_another():
+    chain, (x, y) = small("plain", torch.float64), images(dtype=torch.float64)
+    by_length = gradient_by_length(chain.without(1, 3), x, y)
+    assert [bool(g.any()) for g in by_length] == [False] * 4 + [True] + [False] * 2
+    nothing_left = gradient_by_length(chain.without(*range(6)), x, y)
+    assert [bool(g.any()) for g in nothing_left] == [True] + [False] * 6
+
+
+def test_a_54_unit_network_in_float64():
+    chain = randomized(resnet(110, width=2, in_channels=1), dtype=torch.float64)
+    x, y = images(2, dtype=torch.float64)
+    by_length = gradient_by_length(chain, x, y)
+    assert len(by_length) == 55
+    assert close(sum(by_length), whole_gradient(chain, x, y), max(g.norm() for g in by_length))
+
+
+class Counted(torch.autograd.Function):
+    """The identity, counting its backward passes."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        Counted.passes += 1
+        return g
+
+
+class CountedBranch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, y):
+        return self.linear(Counted.apply(y))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_lengths_take_half_of_n_squared_branch_products(n):
+    chain = Chain(nn.Linear(3, 3), [Unit(CountedBranch()) for _ in range(n)], nn.Linear(3, 3)).eval()
+    Counted.passes = 0
+    gradient_by_length(chain, torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    assert Counted.passes == n * (n + 1) // 2
+
+
+# ---------------------------------------------------------------- norms of the gradient
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", SMALL)
+def test_gradient_norms_by_hand(kind, training):
+    chain, (x, y) = small(kind, torch.float64).train(training), images(5, dtype=torch.float64)
+    before = snapshot(chain)
+    table = gradient_norms(chain, x, y)
+    assert snapshot(chain) == before
+    assert not x.requires_grad
+    oracle = copy.deepcopy(chain)
+    states = states_by_hand(kind, oracle, x.clone().requires_grad_())
+    gradients = grad(cross_entropy(oracle.head(states[-1]), y), states)
+    expected = [math.sqrt((g.numpy() ** 2).sum()) for g in gradients]
+    assert table["state"].tolist() == list(range(len(chain) + 1))
+    assert table["gradient_norm"].tolist() == pytest.approx(expected, rel=1e-10)
+    if training and "nobn" not in kind:
+        assert snapshot(oracle) != before, "the oracle does not move the running statistics"
+
+
+def test_gradient_norms_of_a_lesioned_network():
+    chain, (x, y) = small("pre", torch.float64), images(dtype=torch.float64)
+    norms = gradient_norms(chain.without(1, 2), x, y)["gradient_norm"]
+    states = states_by_hand("pre", chain, x, gone=(1, 2))
+    gradients = grad(cross_entropy(chain.head(states[-1]), y), states)
+    assert norms.tolist() == pytest.approx([g.norm().item() for g in gradients], rel=1e-10)
+    assert norms[1] == norms[2]  # nothing happens in a deleted unit without padding
+
+
+def test_another_loss():
+    chain, (x, y) = small("pre", torch.float64), images(dtype=torch.float64)
+
+    def loss(logits, labels):
+        return (logits[:, 0] * (1 + labels)).sum()
+
+    first = chain.stem(x).detach().requires_grad_()
+    state = first
+    for unit in chain.units:
+        state = unit(state)
+    expected = grad(loss(chain.head(state), y), first)[0]
+    assert close(sum(gradient_by_length(chain, x, y, loss)), expected)
+    assert close(sum(path_gradients(chain, x, y, loss).values()), expected)
+    assert gradient_norms(chain, x, y, loss)["gradient_norm"][0] == pytest.approx(expected.norm().item(), rel=1e-10)
+
+
+# ---------------------------------------------------------------- nothing changes, and what is refused
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_nothing_changes(kind):
+    chain, (x, y) = small(kind), images()
+    for part in chain.modules():
+        part.training = False
+    chain.training = chain.units.training = True  # the containers' own mode matters to no forward pass
+    before, x_before = snapshot(chain), x.clone()
+    gradient_by_length(chain, x, y)
+    if len(chain) <= 12:
+        path_gradients(chain, x, y)
+    gradient_norms(chain, x, y)
+    assert snapshot(chain) == before
+    assert torch.equal(x, x_before)
+    assert not x.requires_grad
+
+
+def test_images_stay_as_they_are_where_they_are_every_state():
+    chain = Chain(nn.Identity(), [Unit(nn.Linear(3, 3)).deleted()], nn.Linear(3, 3)).eval()
+    x, y = torch.randn(2, 3), torch.tensor([0, 1])
+    gradient_by_length(chain, x, y)
+    path_gradients(chain, x, y)
+    gradient_norms(chain, x, y)
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("function", [gradient_by_length, path_gradients])
+def test_batch_norm_in_training_mode_is_refused(function):
+    chain, (x, y) = small("pre"), images()
+    mix_modes(chain)
+    before = snapshot(chain)
+    with pytest.raises(ValueError, match=r"^batch norm is in training mode, .*: call chain\.eval\(\) first$"):
+        function(chain, x, y)
+    assert snapshot(chain) == before
+
+
+@pytest.mark.parametrize("function", [gradient_by_length, path_gradients, gradient_norms])
+def test_a_loss_that_is_no_scalar_is_refused(function):
+    chain, (x, y) = small("pre"), images(3)
+    if function is gradient_norms:
+        chain.train()
+    before = snapshot(chain)
+    with pytest.raises(ValueError, match=r"^the loss must be a scalar, but has shape \(3,\): average or sum it$"):
+        function(chain, x, y, lambda logits, labels: cross_entropy(logits, labels, reduction="none"))
+    assert snapshot(chain) == before
+
+
+def test_too_many_paths_are_refused():
+    chain, (x, y) = small("vgg"), images()
+    with pytest.raises(ValueError, match=r"^13 units make 2\^13 paths: use gradient_by_length for more than 12$"):
+        path_gradients(chain, x, y)

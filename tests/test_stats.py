@@ -1,0 +1,117 @@
+"""Intervals against formulas, published values, scipy and simulation."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from unravelling.stats import paired_bootstrap, seed_band, wilson
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.5, 0.95]))
+def test_wilson_by_its_formula(counted, level):
+    count, n = counted
+    z = stats.norm.ppf((1 + level) / 2)
+    p = count / n
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = wilson(count, n, level)
+    assert low == pytest.approx(middle - half, abs=1e-12)
+    assert high == pytest.approx(middle + half, abs=1e-12)
+    assert 0 <= low <= p <= high <= 1
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_in_the_literature(count, n, low, high):
+    """Table I, method 3, of Newcombe, Statistics in Medicine 17 (1998), 857-872."""
+    ends = wilson(count, n)
+    assert [round(float(end), 4) for end in ends] == [low, high]
+
+
+def test_wilson_keeps_the_shape():
+    low, high = wilson(np.array([[0, 1, 2], [3, 4, 5]]), 5)
+    assert low.shape == high.shape == (2, 3)
+    for index, count in np.ndenumerate(np.arange(6).reshape(2, 3)):
+        assert (low[index], high[index]) == wilson(count, 5)
+    assert np.shape(wilson(2, 5)[0]) == ()
+
+
+@pytest.mark.parametrize(("count", "n"), [(-1, 10), (11, 10), ([1, 11], 10), (0, 0)])
+def test_wilson_of_impossible_counts(count, n):
+    with pytest.raises(ValueError, match=f"^counts must lie between 0 and {n} images$"):
+        wilson(count, n)
+
+
+def test_bootstrap_against_scipy():
+    random = np.random.default_rng(0)
+    for difference in (random.normal(0.3, 2, 200), random.choice([-1.0, 0, 1], 200, p=[0.05, 0.7, 0.25])):
+        low, high = paired_bootstrap(difference, resamples=20_000)
+        theirs = stats.bootstrap(
+            (difference,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)
+        ).confidence_interval
+        width = theirs.high - theirs.low
+        assert abs(low - theirs.low) < 0.05 * width
+        assert abs(high - theirs.high) < 0.05 * width
+        narrow = paired_bootstrap(difference, level=0.5, resamples=20_000)
+        ratio = stats.norm.ppf(0.75) / stats.norm.ppf(0.975)
+        assert (narrow[1] - narrow[0]) / width == pytest.approx(ratio, rel=0.1)
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says():
+    random = np.random.default_rng(2)
+    simulated = random.exponential(1, (1000, 100)) - 1
+    low, high = paired_bootstrap(simulated)
+    covered = ((low <= 0) & (high >= 0)).mean()
+    assert 0.90 <= covered <= 0.97
+
+
+def test_bootstrap_rows_share_their_resamples():
+    table = np.random.default_rng(3).normal(size=(4, 50))
+    low, high = paired_bootstrap(table, seed=5)
+    assert low.shape == high.shape == (4,)
+    for i, row in enumerate(table):
+        assert paired_bootstrap(row, seed=5) == (pytest.approx(low[i]), pytest.approx(high[i]))
+    assert not np.allclose(low, paired_bootstrap(table, seed=6)[0])
+    shifted = paired_bootstrap(table + 7, seed=5)
+    assert np.allclose(shifted[0], low + 7)
+    assert np.allclose(shifted[1], high + 7)
+
+
+def test_bootstrap_where_nothing_changed():
+    assert paired_bootstrap(np.zeros(30)) == (0, 0)
+
+
+def test_seed_band_against_scipy():
+    random = np.random.default_rng(4)
+    table = pd.DataFrame(
+        [
+            {"k": k, "network": network, "seed": seed, "error": random.normal(k, 1)}
+            for network in ("b", "a")
+            for k in (2, 1)
+            for seed in range(5)
+        ]
+    )
+    for level in (0.95, 0.8):
+        band = seed_band(table, ["network", "k"], "error", level)
+        assert list(band.columns) == ["network", "k", "mean", "seeds", "low", "high"]
+        assert band[["network", "k"]].values.tolist() == [["b", 2], ["b", 1], ["a", 2], ["a", 1]]
+        for row in band.itertuples():
+            errors = table.query(f"network == {row.network!r} and k == {row.k}")["error"]
+            low, high = stats.t.interval(level, 4, errors.mean(), stats.sem(errors))
+            assert (row.mean, row.low, row.high, row.seeds) == pytest.approx((errors.mean(), low, high, 5))
+
+
+def test_seed_band_of_one_seed_has_no_ends():
+    table = pd.DataFrame({"k": [1, 2, 2], "error": [0.5, 0.25, 0.75]})
+    band = seed_band(table, "k", "error")
+    assert band["mean"].tolist() == [0.5, 0.5]
+    assert band["seeds"].tolist() == [1, 2]
+    assert band[["low", "high"]].isna().all(axis=1).tolist() == [True, False]
+    half = 12.7062 * 0.25  # t(0.975, 1) and the standard error of two numbers half a unit apart
+    assert band["high"][1] == pytest.approx(0.5 + half, rel=1e-5)

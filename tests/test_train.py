@@ -1,0 +1,477 @@
+"""Training: hand computations, exact resume, and faults that must cost no more than the epoch they hit."""
+
+import math
+import os
+import pickle
+import resource
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import mix_modes, small, snapshot
+from torch import nn
+from unravelling import RECIPES, Chain, Dataset, Recipe, digits, evaluate, fit, resnet
+from unravelling import train as train_module
+from unravelling.train import thinned
+
+TINY = Recipe("tiny", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True)
+
+
+class Untouchable:
+    """A test split that nothing may look at."""
+
+    def __getattribute__(self, name):
+        raise AssertionError(f"training looked at the test split ({name})")
+
+    def __len__(self):
+        raise AssertionError("training looked at the test split (len)")
+
+
+@pytest.fixture(scope="module")
+def data():
+    whole = digits()
+    train, validation = whole.train.take(torch.arange(100)), whole.validation.take(torch.arange(40))
+    return Dataset("digits", train, validation, Untouchable(), whole.classes)
+
+
+def net(seed=0):
+    return resnet(8, width=4, in_channels=1, seed=seed)
+
+
+def run(data, recipe=TINY, seed=0, net_seed=0, **options):
+    chain = net(net_seed)
+    return chain, fit(chain, data, recipe, seed=seed, progress=False, **options)
+
+
+def same_bits(a, b):
+    """Whether two nested states hold the same bytes."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def test_one_cycle_by_hand():
+    recipe = Recipe("x", epochs=1, lr=2.0)
+    # a quarter of 8 steps up to the peak, and down to zero at step 8, which is never taken
+    cos30 = math.sqrt(3) / 2
+    expected = [1.0, 2.0, 2.0, 1 + cos30, 1.5, 1.0, 0.5, 1 - cos30]
+    assert [recipe.lr_at(step, 8) for step in range(8)] == pytest.approx(expected)
+
+
+def test_steps_by_hand():
+    paper = RECIPES["paper"]
+    assert (paper.iterations, paper.batch_size, paper.momentum, paper.weight_decay) == (64_000, 128, 0.9, 1e-4)
+    expected = {0: 0.01, 399: 0.01, 400: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 0.001, 63_999: 0.001}
+    assert {step: paper.lr_at(step, 64_000) for step in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "recipe 'x' needs either epochs or iterations"),
+        ({"epochs": 1, "iterations": 1}, "recipe 'x' needs either epochs or iterations"),
+        ({"epochs": 1, "schedule": "cosine"}, "recipe 'x': schedule 'cosine' is not one of onecycle, steps"),
+        ({"epochs": 1, "precision": "int8"}, "recipe 'x': precision 'int8' is not one of float32, bfloat16, auto"),
+    ],
+)
+def test_recipes_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match="recipe") as caught:
+        Recipe("x", **options)
+    assert str(caught.value) == message
+
+
+# ---------------------------------------------------------------- what training does
+
+
+def test_training_a_linear_model_by_hand(data):
+    """Softmax regression has a gradient that one can write down; momentum and weight decay are two lines more."""
+    recipe = Recipe("x", epochs=3, batch_size=32, lr=0.05, momentum=0.8, weight_decay=0.01, crop=1)
+    linear = nn.Linear(64, 10)
+    weight, bias = (p.detach().double().numpy().copy() for p in linear.parameters())
+    chain = Chain(nn.Flatten(), [], linear)
+    history = fit(chain, data, recipe, seed=7, progress=False)
+
+    generator = torch.Generator().manual_seed(7)
+    speed = [np.zeros_like(weight), np.zeros_like(bias)]
+    step, total = 0, 3 * (100 // 32)
+    for epoch in range(3):
+        losses, wrong = [], 0
+        for x, y in data.train.shuffled(32, generator, crop=1):
+            x, y = x.double().flatten(1).numpy(), y.numpy()
+            logits = x @ weight.T + bias
+            logits -= logits.max(1, keepdims=True)
+            p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            losses += [-math.log(p[i, y[i]]) for i in range(32)]
+            wrong += sum(p[i].argmax() != y[i] for i in range(32))
+            p[np.arange(32), y] -= 1
+            lr = recipe.lr_at(step, total)
+            for parameter, gradient, v in zip([weight, bias], [p.T @ x / 32, p.mean(0)], speed, strict=True):
+                v *= 0.8
+                v += gradient + 0.01 * parameter
+                parameter -= lr * v
+            step += 1
+        row = history.iloc[epoch]
+        assert (row["epoch"], row["lr"]) == (epoch + 1, lr)
+        assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert row["train_error"] == pytest.approx(wrong / 96)
+    assert np.allclose(linear.weight.detach().numpy(), weight, rtol=1e-4, atol=1e-6)
+    assert np.allclose(linear.bias.detach().numpy(), bias, rtol=1e-4, atol=1e-6)
+    scores = evaluate(chain, data.validation)
+    assert history["validation_loss"].iloc[-1] == scores["loss"]
+    assert history["validation_error"].iloc[-1] == scores["error"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_equals_the_loop_by_hand(data, training):
+    chain = small("post")
+    mix_modes(chain)
+    chain.training = training
+    before = snapshot(chain)
+    scores = evaluate(chain, data.validation)
+    assert snapshot(chain) == before
+    chain.eval()
+    wrong, loss = 0, 0.0
+    for x, y in zip(data.validation.normalize(data.validation.images), data.validation.labels, strict=True):
+        logits = chain(x[None])[0].double().tolist()
+        wrong += logits.index(max(logits)) != y
+        loss += math.log(sum(math.exp(z) for z in logits)) - logits[y]
+    assert (scores["wrong"], scores["images"]) == (wrong, 40)
+    assert scores["error"] == wrong / 40
+    assert scores["loss"] == pytest.approx(loss / 40, rel=1e-5)
+    batches = evaluate(chain, data.validation.batches(7))
+    assert batches == pytest.approx(scores, rel=1e-6)
+
+
+def test_the_network_learns_and_ends_in_eval_mode(data):
+    chain, history = run(data, Recipe("x", epochs=12, batch_size=25, lr=0.1))
+    assert list(history.columns) == [
+        "epoch", "lr", "train_loss", "train_error", "validation_loss", "validation_error",
+    ]  # fmt: skip
+    assert history["epoch"].tolist() == list(range(1, 13))
+    assert history["train_loss"].iloc[-1] < 0.5 * history["train_loss"].iloc[0]
+    assert not any(part.training for part in chain.modules())
+
+
+def test_iterations_can_end_within_an_epoch(data, monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    recipe = Recipe("x", iterations=5, batch_size=32, schedule="steps", milestones=(0.6,), lr=0.1, warmup=1)
+    _, history = run(data, recipe)  # 3 steps an epoch
+    assert rates == pytest.approx([0.01, 0.1, 0.1, 0.01, 0.01])
+    assert history["lr"].tolist() == pytest.approx([0.1, 0.01])
+
+
+def test_on_epoch_sees_every_epoch(data):
+    seen = []
+    chain, _ = run(data, on_epoch=lambda epoch, chain: seen.append((epoch, chain)))
+    assert seen == [(1, chain), (2, chain)]
+
+
+def test_seeds_decide_the_run(data):
+    (a, first), (b, again), (_, other) = run(data, seed=1), run(data, seed=1), run(data, seed=2)
+    assert same_bits(a.state_dict(), b.state_dict())
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    assert first["train_loss"].tolist() != other["train_loss"].tolist()
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(data):
+    seen = []
+    chain = net()
+    chain.units[0].register_forward_hook(lambda module, x, y: seen.append((module.training, y.dtype)))
+    history = fit(chain, data, Recipe("x", epochs=1, batch_size=32, precision="bfloat16"), progress=False)
+    assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
+    assert {dtype for training, dtype in seen if not training} == {torch.float32}
+    assert {p.dtype for p in chain.parameters()} == {torch.float32}
+    assert history["train_loss"].notna().all()
+
+
+def test_the_loss_is_computed_in_float32(data, monkeypatch):
+    seen = []
+    original = train_module.cross_entropy
+    monkeypatch.setattr(train_module, "cross_entropy", lambda z, y, **k: seen.append(z.dtype) or original(z, y, **k))
+    run(data, Recipe("x", epochs=1, batch_size=32, precision="bfloat16"))
+    assert set(seen) == {torch.float32, torch.float64}  # evaluation adds up in float64
+
+
+def test_denormal_numbers_are_flushed(data):
+    tiny = torch.tensor([1e-40])
+    assert (tiny * 1).item() > 0
+    run(data, stop_after=1)
+    flushed = (tiny * 1).item() == 0
+    assert flushed == torch.set_flush_denormal(True)  # False where the CPU cannot
+
+
+def test_the_mode_that_the_network_is_in_makes_no_difference(data):
+    (a, first), evaluated = run(data), net().eval()
+    second = fit(evaluated, data, TINY, progress=False, on_epoch=lambda epoch, chain: chain.eval())
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+    assert same_bits(a.state_dict(), evaluated.state_dict())
+
+
+def test_a_batch_larger_than_the_training_split(data):
+    for length in ({"epochs": 2}, {"iterations": 10}):
+        with pytest.raises(ValueError, match=r"^a batch of 101 images needs at least as many: this split has 100$"):
+            run(data, Recipe("x", batch_size=101, **length))
+
+
+# ---------------------------------------------------------------- branches left out
+
+
+def kept(recipe, n=9, steps=400):
+    """Which units take part in each step, and by how much their branches are scaled."""
+    chain, generator = resnet(6 * n // 3 + 2, width=1, in_channels=1), torch.Generator().manual_seed(0)
+    table = np.zeros((steps, n))
+    y = torch.ones(1, 1, 1, 1)
+    for step in range(steps):
+        part = thinned(chain, recipe, generator)
+        for i, unit in enumerate(part.units):
+            table[step, i] = 0 if unit.is_deleted else unit.branch[1](y).item()
+    return table
+
+
+def test_exactly_so_many_branches_are_active():
+    table = kept(Recipe("x", epochs=1, active=4))
+    assert ((table > 0).sum(1) == 4).all()
+    assert set(table[table > 0]) == {9 / 4}
+    assert np.allclose(table.mean(0), 1, atol=5 * (9 / 4) / 400**0.5 * 0.5)  # what is left out is made up for
+
+
+def test_survival_falls_linearly_with_depth():
+    table = kept(Recipe("x", epochs=1, survival=0.4))
+    probability = 1 - np.arange(1, 10) / 9 * 0.6
+    assert np.allclose((table > 0).mean(0), probability, atol=5 * 0.5 / 400**0.5)
+    for i, p in enumerate(probability):
+        assert set(np.round(table[:, i], 5)) <= {0, round(1 / p, 5)}
+    assert len({tuple(row) for row in table > 0}) > 50  # units fall out independently
+
+
+def test_a_thinned_step_trains_the_part_alone(data):
+    chain = net()
+    before = {name: p.clone() for name, p in chain.named_parameters()}
+    recipe = Recipe("x", iterations=1, batch_size=32, active=2)
+    part = thinned(chain, recipe, torch.Generator().manual_seed(0))
+    assert {p.data_ptr() for p in part.parameters()} <= {p.data_ptr() for p in chain.parameters()}
+    fit(chain, data, recipe, progress=False)
+    changed = [any(not torch.equal(p, before[f"units.{i}.{name}"]) for name, p in unit.named_parameters())
+               for i, unit in enumerate(chain.units)]  # fmt: skip
+    assert sum(changed) == 2
+    assert len(chain) == 3
+    assert not any(unit.is_deleted for unit in chain.units)
+
+
+def test_all_branches_active_is_ordinary_training(data):
+    (a, first), (b, second) = (
+        run(data, Recipe("x", epochs=1, batch_size=32, **options)) for options in ({}, {"survival": 1.0})
+    )
+    # another order of random numbers is drawn, but the first step sees the same images
+    assert thinned(net(), Recipe("x", epochs=1), torch.Generator()).config == a.config
+    assert np.isfinite(second["train_loss"]).all()
+    x = torch.randn(2, 1, 8, 8)
+    part = thinned(b, Recipe("x", epochs=1, active=3), torch.Generator())
+    assert torch.equal(part(x), b(x))
+    assert first["train_loss"].iloc[0] == pytest.approx(second["train_loss"].iloc[0], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe("x", epochs=1, active=2, survival=0.5), "recipe 'x' has both survival and active: choose one"),
+        (lambda: Recipe("x", epochs=1, survival=0.0), "recipe 'x': survival 0.0 is not a probability above 0"),
+        (lambda: Recipe("x", epochs=1, survival=1.5), "recipe 'x': survival 1.5 is not a probability above 0"),
+        (
+            lambda: thinned(net(), Recipe("x", epochs=1, active=4), torch.Generator()),
+            "recipe 'x' needs 4 active units: this chain has 3",
+        ),
+        (
+            lambda: thinned(small("plain"), Recipe("x", epochs=1, active=2), torch.Generator()),
+            "recipe 'x' leaves branches out, but this network has units without a skip",
+        ),
+    ],
+)
+def test_branches_that_cannot_be_left_out(make, message):
+    with pytest.raises(ValueError, match="recipe") as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        TINY,
+        Recipe("bf16", epochs=2, batch_size=32, lr=0.1, crop=1, precision="bfloat16"),
+        Recipe("thinned", epochs=2, batch_size=32, lr=0.1, active=2),
+        Recipe("iterations", iterations=5, batch_size=32, schedule="steps", milestones=(0.6,), warmup=1, flip=True),
+    ],
+    ids=lambda recipe: recipe.name,
+)
+def test_two_epochs_are_one_and_a_resumed_one_to_the_last_bit(data, tmp_path, recipe):
+    straight, history = run(data, recipe, checkpoint=tmp_path / "straight.pt")
+    run(data, recipe, checkpoint=tmp_path / "parts.pt", stop_after=1)
+    half = torch.load(tmp_path / "parts.pt", weights_only=True)
+    assert len(half["history"]) == 1
+    resumed, whole = run(data, recipe, checkpoint=tmp_path / "parts.pt", net_seed=9)  # other weights, to be replaced
+    assert same_bits(straight.state_dict(), resumed.state_dict())
+    pd.testing.assert_frame_equal(history, whole, check_exact=True)
+    a, b = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("straight", "parts"))
+    assert same_bits(a, b)  # momentum and generator too
+    momentum = [state["momentum_buffer"] for state in b["optimizer"]["state"].values()]
+    assert len(momentum) == len(list(straight.parameters()))
+    assert all(v.any() for v in momentum)
+    # without checkpoints the result is the same
+    plainly, _ = run(data, recipe)
+    assert same_bits(plainly.state_dict(), straight.state_dict())
+
+
+def test_a_finished_run_is_not_repeated(data, tmp_path, monkeypatch):
+    chain, history = run(data, checkpoint=tmp_path / "a.pt")
+    monkeypatch.setattr(type(data.train), "shuffled", lambda *a, **k: pytest.fail("trained again"))
+    again, same = run(data, checkpoint=tmp_path / "a.pt", net_seed=3)
+    assert same_bits(chain.state_dict(), again.state_dict())
+    pd.testing.assert_frame_equal(history, same, check_exact=True)
+
+
+@pytest.fixture
+def checkpoint(data, tmp_path):
+    path = tmp_path / "folder" / "a.pt"
+    run(data, checkpoint=path, stop_after=1)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("recipe", {"recipe": Recipe("tiny", epochs=3, batch_size=32, lr=0.1, crop=1, flip=True)}),
+        ("recipe", {"recipe": Recipe("tiny", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True, survival=0.9)}),
+        ("recipe", {"recipe": Recipe("tiny", epochs=2, batch_size=32, lr=0.2, crop=1, flip=True)}),
+        ("seed", {"seed": 1}),
+        ("network", {"chain": resnet(14, width=4, in_channels=1)}),
+        ("network", {"chain": resnet(8, width=5, in_channels=1)}),
+        ("network", {"chain": resnet(8, width=4, in_channels=1, preactivation=False)}),
+        ("data", {"take": torch.arange(1, 101)}),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(data, checkpoint, what, change):
+    chain = change.get("chain", net())
+    if "take" in change:
+        whole = digits()
+        data = Dataset("digits", whole.train.take(change["take"]), data.validation, data.test, data.classes)
+    before, content = snapshot(chain), checkpoint.read_bytes()
+    with pytest.raises(ValueError, match=rf"^checkpoint .*a\.pt belongs to another {what} \(.*delete it to train"):
+        fit(
+            chain, data, change.get("recipe", TINY), seed=change.get("seed", 0), checkpoint=checkpoint, progress=False
+        )
+    assert snapshot(chain) == before
+    assert checkpoint.read_bytes() == content
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_named(data, checkpoint, share):
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: int(share * len(content))])
+    chain = net()
+    before = snapshot(chain)
+    with pytest.raises(ValueError, match=r"^checkpoint .*a\.pt cannot be read \((.|\n)*\): delete it to train"):
+        fit(chain, data, TINY, checkpoint=checkpoint, progress=False)
+    assert snapshot(chain) == before
+
+
+def test_a_checkpoint_cannot_run_code(data, checkpoint, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for write in (
+        lambda: checkpoint.write_bytes(pickle.dumps(Evil(), protocol=2)),
+        lambda: torch.save(Evil(), checkpoint),
+    ):
+        write()
+        with pytest.raises(ValueError, match="cannot be read"):
+            run(data, checkpoint=checkpoint)
+        assert not (tmp_path / "executed").exists()
+
+
+def finished_as_if_nothing_happened(data, checkpoint):
+    resumed, history = run(data, checkpoint=checkpoint, net_seed=9)
+    straight, expected = run(data)
+    pd.testing.assert_frame_equal(history, expected, check_exact=True)
+    return same_bits(resumed.state_dict(), straight.state_dict())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_a_full_disk_leaves_the_last_checkpoint(data, checkpoint, monkeypatch, error):
+    content = checkpoint.read_bytes()
+
+    def full_disk(state, path):
+        path.write_bytes(content[: len(content) // 2])
+        raise error
+
+    with monkeypatch.context() as context:
+        context.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match=r"a\.pt could not be written \(.*\): is the disk full\?"):
+            run(data, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == content
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["a.pt"]
+    assert finished_as_if_nothing_happened(data, checkpoint)
+
+
+def test_a_real_limit_on_the_size_of_files(data, checkpoint):
+    """The operating system refuses to write more, as on a full disk, and torch reports it in its own way."""
+    content = checkpoint.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"a\.pt could not be written"):
+            run(data, checkpoint=checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.read_bytes() == content
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["a.pt"]
+    assert finished_as_if_nothing_happened(data, checkpoint)
+
+
+@pytest.mark.parametrize("when", ["in the middle of an epoch", "while the checkpoint is written"])
+def test_an_interrupt_leaves_the_last_checkpoint(data, checkpoint, monkeypatch, when):
+    content = checkpoint.read_bytes()
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    def half_written(state, path):
+        path.write_bytes(content[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        if when.startswith("in"):
+            original = train_module.cross_entropy
+            context.setattr(train_module, "cross_entropy", interrupted)
+        else:
+            context.setattr(torch, "save", half_written)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == content
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["a.pt"]
+    assert finished_as_if_nothing_happened(data, checkpoint)
+
+
+def test_the_bar_leaves_nothing_behind(data, capsys):
+    fit(net(), data, TINY)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("\r")
+    assert captured.err.rsplit("\r", 2)[-2].strip() == ""

@@ -1,0 +1,217 @@
+"""Weights files: they give back every bit, say what they are, and say what is wrong with them."""
+
+import json
+import pickle
+import re
+import resource
+import struct
+
+import pytest
+import torch
+from helpers import SMALL, images, small, snapshot
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from unravelling import Chain, load, resnet, save
+from unravelling import weights as weights_module
+from unravelling.weights import data_folder, header
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A project folder to work in."""
+    (tmp_path / "project" / "data" / "results").mkdir(parents=True)
+    inside = tmp_path / "project" / "book"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    return tmp_path / "project" / "data" / "weights"
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_file_gives_back_every_bit(kind, tmp_path):
+    chain, (x, _) = small(kind), images()
+    before = snapshot(chain)
+    path = save(chain, tmp_path / "folder" / "a.safetensors", recipe="digits", seed=3, test_error=0.125)
+    assert snapshot(chain) == before
+    for name in (path, str(path)):
+        again = load(name)
+        assert snapshot(again)["bytes"] == before["bytes"]
+        assert not any(part.training for part in again.modules())
+        assert again.config == chain.config
+        assert repr(again) == repr(chain)
+        with torch.no_grad():
+            assert torch.allclose(again(x), chain(x), rtol=1e-5, atol=1e-6)  # another memory layout, other rounding
+    assert not {p.data_ptr() for p in again.parameters()} & {p.data_ptr() for p in chain.parameters()}
+
+
+def test_the_header_says_what_the_file_is(tmp_path):
+    chain = small("post")
+    path = save(chain, tmp_path / "a.safetensors", recipe="digits", seed=3, test_error=0.125, notes=["a", None])
+    head = header(path)
+    architecture = {"name": "resnet14-post", "in_channels": 1, "classes": 10, "width": 4}
+    assert head["architecture"] == chain.config == architecture
+    assert (head["format"], head["recipe"], head["seed"], head["test_error"]) == ("unravelling/1", "digits", 3, 0.125)
+    assert head["notes"] == ["a", None]
+    assert head["versions"]["torch"] == torch.__version__
+
+
+def test_the_file_is_plain_safetensors(tmp_path):
+    chain = small("pre")
+    path = save(chain, tmp_path / "a.safetensors", seed=1)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])  # the format: a length, JSON, and the tensors' bytes
+    layout = json.loads(content[8 : 8 + length])
+    assert json.loads(layout.pop("__metadata__")["unravelling"])["seed"] == 1
+    state = chain.state_dict()
+    assert layout.keys() == state.keys()
+    for name, tensor in state.items():
+        begin, end = (8 + length + offset for offset in layout[name]["data_offsets"])
+        assert content[begin:end] == tensor.numpy().tobytes()
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == state.keys()
+
+
+def test_a_network_in_another_memory_layout_and_in_training(tmp_path):
+    chain = small("pre").to(memory_format=torch.channels_last).train()
+    path = save(chain, tmp_path / "a.safetensors")
+    assert chain.training
+    again = load(path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in chain.state_dict().items())
+    assert not again.training
+
+
+def test_reordered_networks_come_back_reordered(tmp_path):
+    chain, (x, _) = resnet(20, width=3, in_channels=1).eval(), images()
+    moved = chain.reordered([2, 1, 0, 3, 5, 4, 6, 7, 8])
+    again = load(save(moved, tmp_path / "a.safetensors"))
+    assert torch.allclose(again(x), moved(x), atol=1e-6)
+
+
+def test_only_intact_networks_of_the_library_can_be_saved(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for chain in (small("pre").without(2), Chain(nn.Identity(), [], nn.Flatten())):
+        with pytest.raises(ValueError, match=r"^only an intact network made by unravelling\.nets can be rebuilt"):
+            save(chain, path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limited", ["by us", "by the system"])
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch, limited):
+    path = save(small("pre"), tmp_path / "a.safetensors", seed=1)
+    content = path.read_bytes()
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limited == "by us":
+        monkeypatch.setattr(weights_module, "save_file", full_disk)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))
+    try:
+        for name in ("a", "b"):
+            with pytest.raises(OSError, match=rf"{name}\.safetensors could not be written \(.*\): is the disk full\?"):
+                save(small("post"), tmp_path / f"{name}.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.2, 0.7, 0.9999])
+def test_a_truncated_file(tmp_path, share):
+    path = save(small("pre"), tmp_path / "a.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    for read in (load, header):
+        with pytest.raises(ValueError, match=r"a\.safetensors is truncated or no safetensors file \(.*\): fetch"):
+            read(path)
+
+
+def test_a_pickle_under_the_wrong_name_is_not_opened(tmp_path):
+    path = tmp_path / "a.safetensors"
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "executed").mkdir, ()
+
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="is truncated or no safetensors file"):
+        load(path)
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is truncated or no safetensors file"):
+        load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {"format": "pt"}, {"unravelling": "{}"}, {"unravelling": '{"format": "unravelling/0"}'},
+     {"unravelling": "not JSON"}, {"unravelling": "[]"}],
+)  # fmt: skip
+def test_a_foreign_file(tmp_path, metadata):
+    path = tmp_path / "a.safetensors"
+    save_file({"weight": torch.zeros(3)}, path, metadata)
+    with pytest.raises(ValueError, match=r"a\.safetensors was not written by unravelling\.save: its header lacks"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"name": "resnet20"}, "Missing key"),
+        ({"name": "resnet8"}, "Unexpected key"),
+        ({"width": 5}, "size mismatch"),
+        ({"name": "resnet14-post"}, "Missing key"),
+        ({"name": "resnet15"}, "depth 15 is not 6n"),
+        ({"name": "alexnet"}, "unknown network 'alexnet'"),
+        ({"name": None}, "expected string"),
+        ({"colour": 3}, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_a_header_that_does_not_fit_the_tensors(tmp_path, change, reason):
+    chain = small("pre")
+    chain.config = chain.config | change
+    path = save(chain, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"(?s)a\.safetensors does not fit the architecture in its.*{reason}"):
+        load(path)
+
+
+def test_a_header_without_architecture(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for architecture in ({}, {"architecture": {}}, {"architecture": 3}):
+        head = json.dumps({"format": "unravelling/1"} | architecture)
+        save_file({"weight": torch.zeros(3)}, path, {"unravelling": head})
+        with pytest.raises(ValueError, match="does not fit the architecture in its header"):
+            load(path)
+
+
+def test_shipped_networks_are_found_by_name(shipped):
+    chain = small("pre")
+    for name in ("digits/b-seed0", "digits/a-seed0", "cifar10/c"):
+        save(chain, shipped / f"{name}.safetensors", what=name)
+    assert header("digits/a-seed0")["what"] == "digits/a-seed0"
+    assert snapshot(load("digits/b-seed0"))["bytes"] == snapshot(chain)["bytes"]
+    message = "no weights named 'digits/d': there are cifar10/c, digits/a-seed0, digits/b-seed0"
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
+        load("digits/d")
+    with pytest.raises(FileNotFoundError, match=r"^no weights at nowhere\.safetensors$"):
+        load("nowhere.safetensors")
+
+
+def test_nothing_is_shipped(shipped):
+    with pytest.raises(FileNotFoundError, match=r"^no weights named 'digits/d': there are none$"):
+        load("digits/d")
+
+
+def test_the_data_folder_is_looked_for(shipped, tmp_path, monkeypatch):
+    assert data_folder() == shipped.parent
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights_module, "__file__", str(tmp_path / "site-packages" / "unravelling" / "weights.py"))
+    with pytest.raises(FileNotFoundError, match=r"^no data/results in .* or above it: run from a clone of the project"):
+        data_folder()
+    monkeypatch.setattr(
+        weights_module, "__file__", str(tmp_path / "project" / "lib" / "unravelling" / "weights.py")
+    )
+    assert data_folder() == shipped.parent
