@@ -275,6 +275,8 @@ def _decode(source: Path) -> dict[str, Tensor]:
         names = sorted(name for name in found if name.startswith(split + "/"))
         if not names:
             raise ValueError(f"{source}: no images in {split}/<class>/")
+        # class by class, the first images would all show aeroplanes: an order that is mixed, and always the same
+        names = np.random.RandomState(0).permutation(names).tolist()
         stack = np.stack([found[name][0] for name in names])
         decoded[f"{split}_images"] = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
         decoded[f"{split}_labels"] = torch.tensor([found[name][1] for name in names])

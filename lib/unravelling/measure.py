@@ -43,6 +43,17 @@ def delete_reestimated(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     return chosen[["k", "trial", "units", "images", "error", "loss", "delta_error"]].join(pd.DataFrame(rows))
 
 
+def intact(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Evaluate the network as it is, and with batch norm re-estimated on training images.
+
+    A network trained with branches left out has collected its statistics in thinner networks than the tested one.
+    """
+    batches = _batches(data.train.take(torch.arange(min(1000, len(data.train)))), chain, 250)
+    as_trained, healed = evaluate(chain, data.test), evaluate(lesion.reestimate_batch_norm(chain, batches), data.test)
+    columns = {"images": as_trained["images"], "error": as_trained["error"], "loss": as_trained["loss"]}
+    return pd.DataFrame([columns | {"reestimated_error": healed["error"], "reestimated_loss": healed["loss"]}])
+
+
 def delete_pairs(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Delete 300 random pairs of units: with `delete_each`, the interaction of two deletions."""
     pairs = lesion.delete_random(chain, data.test, 2, 300, seed)
@@ -142,6 +153,31 @@ def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def batch_norm_shift(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return for every unit how far its deletion moves what later batch norms see, and the damage once they adapt.
+
+    Columns: ``unit``; ``shift``, by how many standard deviations the means of channels move (root mean square over all
+    channels of later batch norms, NaN where there are none); ``delta_loss``, what the deletion adds to the test loss
+    (nats); ``reestimated_delta_loss``, the same with statistics of 500 training images before and after.
+    """
+    batches = data.train.take(torch.arange(min(500, len(data.train)))).batches(250, device_of(chain))
+    intact = lesion.reestimate_batch_norm(chain, batches)
+    loss, reestimated_loss = evaluate(chain, data.test)["loss"], evaluate(intact, data.test)["loss"]
+    rows = []
+    for i in range(len(chain)):
+        healed = lesion.reestimate_batch_norm(chain.without(i), batches)
+        (before, variance), (after, _) = _statistics(intact, i + 1), _statistics(healed, i + 1)
+        rows.append(
+            {
+                "unit": i,
+                "shift": ((after - before).square() / (variance + 1e-5)).mean().sqrt().item(),
+                "delta_loss": evaluate(chain.without(i), data.test)["loss"] - loss,
+                "reestimated_delta_loss": evaluate(healed, data.test)["loss"] - reestimated_loss,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def subnetworks(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Average 20 random sub-networks of each size in `ACTIVE`: are they competent alone, and do they disagree?"""
     rows = []
@@ -165,6 +201,7 @@ def subnetworks(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
 MEASUREMENTS: dict[str, Callable[[Chain, Dataset, int], pd.DataFrame]] = {
     measurement.__name__: measurement
     for measurement in (
+        intact,
         delete_each,
         delete_random,
         delete_reestimated,
@@ -175,6 +212,7 @@ MEASUREMENTS: dict[str, Callable[[Chain, Dataset, int], pd.DataFrame]] = {
         path_norms,
         lengths,
         branches,
+        batch_norm_shift,
         subnetworks,
     )
 }
@@ -183,6 +221,17 @@ MEASUREMENTS: dict[str, Callable[[Chain, Dataset, int], pd.DataFrame]] = {
 
 def _numbers(chain: Chain) -> list[int]:
     return [k for k in K if k < len(chain)]
+
+
+def _statistics(chain: Chain, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return means and variances ``(channels,)`` in the batch norms of the units from ``first`` on and of the head."""
+    modules = [module for part in [*list(chain.units)[first:], chain.head] for module in part.modules()]
+    norms = [module for module in modules if isinstance(module, torch.nn.BatchNorm2d)]
+    empty = torch.empty(0)
+    return (
+        torch.cat([empty, *(norm.running_mean.cpu() for norm in norms)]),
+        torch.cat([empty, *(norm.running_var.cpu() for norm in norms)]),
+    )
 
 
 def _batches(split: Split, chain: Chain, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -88,6 +88,7 @@ class Recipe:
 RECIPES = {
     "digits": Recipe("digits", epochs=20, batch_size=64, lr=0.1, crop=1),
     "digits-short-paths": Recipe("digits-short-paths", epochs=20, batch_size=64, lr=0.1, crop=1, active=23),
+    "digits-short-paths-long": Recipe("digits-short-paths-long", epochs=60, batch_size=64, lr=0.1, crop=1, active=23),
     "digits-stochastic-depth": Recipe(
         "digits-stochastic-depth", epochs=20, batch_size=64, lr=0.1, crop=1, survival=0.5
     ),
@@ -96,7 +97,7 @@ RECIPES = {
         "paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True
     ),
 }
-"""``digits``: half a minute a network, and two variants that leave branches out. ``short``: CIFAR-10 in 20 epochs.
+"""``digits``: half a minute a network, and variants that leave branches out. ``short``: CIFAR-10 in 20 epochs.
 ``paper``: 64k steps as He et al. (2015)."""
 
 
