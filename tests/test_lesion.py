@@ -1,18 +1,15 @@
 """Lesions: shared work gives the bits of the naive loop, at the promised cost, and changes nothing."""
 
-import math
-from itertools import combinations, permutations
-
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, images, mix_modes, randomized, small, snapshot
+from helpers import SMALL, images, mix_modes, small, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import batch_norm, cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from unravelling import Split, delete_each, delete_random, evaluate, plain, reestimate_batch_norm, resnet, vgg
-from unravelling.lesion import evaluate_variants, reorder, variant_logits
+from unravelling.lesion import evaluate_variants, variant_logits
 from unravelling.stats import paired_bootstrap, wilson
 
 BATCHES = [images(5, seed=0), images(3, seed=1)]
@@ -252,76 +249,6 @@ def test_choices_that_cannot_be_made(arguments, error, message):
     with pytest.raises(error) as caught:
         delete_random(small("pre"), BATCHES, trials=2, **arguments)
     assert str(caught.value) == message
-
-
-# ---------------------------------------------------------------- reordering
-
-DEEP = randomized(resnet(26, width=2, in_channels=1, seed=2))  # 4 + 4 + 4 units, of which 4 and 8 stay where they are
-STAGES = [[0, 1, 2, 3], [5, 6, 7], [9, 10, 11]]
-
-
-def orders(table):
-    return [[int(i) for i in order.split()] for order in table["order"]]
-
-
-def tau_by_hand(order, pairs):
-    """Kendall: concordant minus discordant pairs, over all pairs."""
-    return sum(1 if order[i] < order[j] else -1 for i, j in pairs) / len(pairs)
-
-
-def test_reordered_networks_are_measured_as_by_hand():
-    table = reorder(DEEP, BATCHES, [0, 1, 5, None], 6, seed=1)
-    assert table["trial"].tolist() == list(range(6)) * 4
-    assert table["swaps"].fillna(-1).tolist() == [0] * 6 + [1] * 6 + [5] * 6 + [-1] * 6
-    intact_wrong, intact_loss = naive(DEEP, BATCHES)[1:]
-    everything = list(combinations(range(12), 2))
-    within = [pair for stage in STAGES for pair in combinations(stage, 2)]
-    for row, order in zip(table.itertuples(), orders(table), strict=True):
-        wrong, loss = naive(DEEP.reordered(order), BATCHES)[1:]
-        assert row.error == wrong.mean()
-        assert row.loss == pytest.approx(loss.mean(), rel=1e-12)
-        assert row.delta_error == pytest.approx(wrong.mean() - intact_wrong.mean(), abs=1e-12)
-        assert row.delta_loss == pytest.approx(loss.mean() - intact_loss.mean(), rel=1e-6, abs=1e-9)
-        assert row.tau == pytest.approx(tau_by_hand(order, everything))
-        assert row.tau_within == pytest.approx(tau_by_hand(order, within))
-    assert (table[["tau", "tau_within"]][:6] == 1).all(axis=None)
-    assert table["delta_loss"].abs().max() > 1e-4
-
-
-def test_swaps_are_of_different_pairs_within_a_stage():
-    table = reorder(DEEP, [images(1)], 1, 600, seed=2)
-    moved = [tuple(i for i, unit in enumerate(order) if unit != i) for order in orders(table)]
-    counts = {pair: moved.count(pair) for stage in STAGES for pair in combinations(stage, 2)}
-    assert sum(counts.values()) == 600
-    assert all(abs(count - 50) < 5 * 50**0.5 for count in counts.values())  # 12 pairs, equally likely
-
-
-def test_a_complete_shuffle_is_uniform_within_stages():
-    table = reorder(DEEP, [images(1)], None, 600, seed=3)
-    for stage in STAGES:
-        seen = [tuple(order[i] for i in stage) for order in orders(table)]
-        expected = 600 / math.factorial(len(stage))
-        assert {tuple(sorted(order)) for order in seen} == {tuple(stage)}
-        assert all(abs(seen.count(p) - expected) < 5 * expected**0.5 for p in permutations(stage))
-    assert all(order[i] == i for order in orders(table) for i in (4, 8))
-
-
-def test_orders_share_their_prefixes_and_change_nothing():
-    before = snapshot(DEEP)
-    with Counter(DEEP) as counter:
-        table = reorder(DEEP, BATCHES[:1], [1, 3], 8, seed=4)
-    prefixes = {tuple(order[: i + 1]) for order in [*orders(table), list(range(12))] for i in range(12)}
-    assert len(counter.calls) == len(prefixes)
-    assert snapshot(DEEP) == before
-    assert table.equals(reorder(DEEP, BATCHES[:1], [1, 3], 8, seed=4))
-
-
-def test_reorderings_that_cannot_be_made():
-    for swaps in (13, -1, [1, 13]):
-        with pytest.raises(ValueError, match=r"^cannot swap -?1\d* different pairs: there are 12 of equal shape$"):
-            reorder(DEEP, BATCHES, swaps, 2)
-    with pytest.raises(ValueError, match=r"^no two of the 3 units can change places: no stage has two that preserve"):
-        reorder(resnet(8, width=2, in_channels=1), BATCHES, 1, 2)
 
 
 # ---------------------------------------------------------------- batch norm

@@ -63,13 +63,15 @@ def test_the_record_says_how_rows_were_made(tmp_path):
     assert {"torch", "numpy", "pandas", "unravelling"} == run["versions"].keys()
     assert re.fullmatch(r"[0-9a-f]{12}\+?|unknown", run["commit"])
     assert "threads" in run["hardware"]
-    # measured again by another command: the earlier record of this row goes, that of the other one stays
+    # measured again by another command: the earlier record of the row goes, that of the other one stays
     store(rows(), path, "another command", 3)
+    record = json.loads((path.parent / "provenance.json").read_text())
+    assert [run["seconds"] for run in record["a.csv"]] == [{"resnet8-seed1-digits": 2}, {"resnet8-seed0-digits": 3}]
+    store(rows(seed=1), path, "another command", 5)
     store(rows(), path.with_name("b.csv"), "a third", 4)
     record = json.loads((path.parent / "provenance.json").read_text())
     assert [(run["command"], run["seconds"]) for run in record["a.csv"]] == [
-        ("python -m unravelling measure", {"resnet8-seed1-digits": 2}),
-        ("another command", {"resnet8-seed0-digits": 3}),
+        ("another command", {"resnet8-seed0-digits": 3, "resnet8-seed1-digits": 5}),
     ]
     assert record["b.csv"][0]["command"] == "a third"
 

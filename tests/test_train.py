@@ -13,7 +13,6 @@ from helpers import mix_modes, small, snapshot
 from torch import nn
 from unravelling import RECIPES, Chain, Dataset, Recipe, digits, evaluate, fit, resnet
 from unravelling import train as train_module
-from unravelling.train import thinned
 
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True)
 
@@ -223,86 +222,6 @@ def test_a_batch_larger_than_the_training_split(data):
             run(data, Recipe("x", batch_size=101, **length))
 
 
-# ---------------------------------------------------------------- branches left out
-
-
-def kept(recipe, n=9, steps=400):
-    """Which units take part in each step, and by how much their branches are scaled."""
-    chain, generator = resnet(6 * n // 3 + 2, width=1, in_channels=1), torch.Generator().manual_seed(0)
-    table = np.zeros((steps, n))
-    y = torch.ones(1, 1, 1, 1)
-    for step in range(steps):
-        part = thinned(chain, recipe, generator)
-        for i, unit in enumerate(part.units):
-            table[step, i] = 0 if unit.is_deleted else unit.branch[1](y).item()
-    return table
-
-
-def test_exactly_so_many_branches_are_active():
-    table = kept(Recipe("x", epochs=1, active=4))
-    assert ((table > 0).sum(1) == 4).all()
-    assert set(table[table > 0]) == {9 / 4}
-    assert np.allclose(table.mean(0), 1, atol=5 * (9 / 4) / 400**0.5 * 0.5)  # what is left out is made up for
-
-
-def test_survival_falls_linearly_with_depth():
-    table = kept(Recipe("x", epochs=1, survival=0.4))
-    probability = 1 - np.arange(1, 10) / 9 * 0.6
-    assert np.allclose((table > 0).mean(0), probability, atol=5 * 0.5 / 400**0.5)
-    for i, p in enumerate(probability):
-        assert set(np.round(table[:, i], 5)) <= {0, round(1 / p, 5)}
-    assert len({tuple(row) for row in table > 0}) > 50  # units fall out independently
-
-
-def test_a_thinned_step_trains_the_part_alone(data):
-    chain = net()
-    before = {name: p.clone() for name, p in chain.named_parameters()}
-    recipe = Recipe("x", iterations=1, batch_size=32, active=2)
-    part = thinned(chain, recipe, torch.Generator().manual_seed(0))
-    assert {p.data_ptr() for p in part.parameters()} <= {p.data_ptr() for p in chain.parameters()}
-    fit(chain, data, recipe, progress=False)
-    changed = [any(not torch.equal(p, before[f"units.{i}.{name}"]) for name, p in unit.named_parameters())
-               for i, unit in enumerate(chain.units)]  # fmt: skip
-    assert sum(changed) == 2
-    assert len(chain) == 3
-    assert not any(unit.is_deleted for unit in chain.units)
-
-
-def test_all_branches_active_is_ordinary_training(data):
-    (a, first), (b, second) = (
-        run(data, Recipe("x", epochs=1, batch_size=32, **options)) for options in ({}, {"survival": 1.0})
-    )
-    # another order of random numbers is drawn, but the first step sees the same images
-    assert thinned(net(), Recipe("x", epochs=1), torch.Generator()).config == a.config
-    assert np.isfinite(second["train_loss"]).all()
-    x = torch.randn(2, 1, 8, 8)
-    part = thinned(b, Recipe("x", epochs=1, active=3), torch.Generator())
-    assert torch.equal(part(x), b(x))
-    assert first["train_loss"].iloc[0] == pytest.approx(second["train_loss"].iloc[0], rel=0.5)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Recipe("x", epochs=1, active=2, survival=0.5), "recipe 'x' has both survival and active: choose one"),
-        (lambda: Recipe("x", epochs=1, survival=0.0), "recipe 'x': survival 0.0 is not a probability above 0"),
-        (lambda: Recipe("x", epochs=1, survival=1.5), "recipe 'x': survival 1.5 is not a probability above 0"),
-        (
-            lambda: thinned(net(), Recipe("x", epochs=1, active=4), torch.Generator()),
-            "recipe 'x' needs 4 active units: this chain has 3",
-        ),
-        (
-            lambda: thinned(small("plain"), Recipe("x", epochs=1, active=2), torch.Generator()),
-            "recipe 'x' leaves branches out, but this network has units without a skip",
-        ),
-    ],
-)
-def test_branches_that_cannot_be_left_out(make, message):
-    with pytest.raises(ValueError, match="recipe") as caught:
-        make()
-    assert str(caught.value).startswith(message)
-
-
 # ---------------------------------------------------------------- resume
 
 
@@ -311,7 +230,6 @@ def test_branches_that_cannot_be_left_out(make, message):
     [
         TINY,
         Recipe("bf16", epochs=2, batch_size=32, lr=0.1, crop=1, precision="bfloat16"),
-        Recipe("thinned", epochs=2, batch_size=32, lr=0.1, active=2),
         Recipe("iterations", iterations=5, batch_size=32, schedule="steps", milestones=(0.6,), warmup=1, flip=True),
     ],
     ids=lambda recipe: recipe.name,
