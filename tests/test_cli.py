@@ -195,6 +195,18 @@ def test_an_interrupted_measurement_continues(trained, tmp_path, monkeypatch):
         assert ours[f"results/digits/{name}.csv"] == theirs[f"results/digits/{name}.csv"]
 
 
+def test_without_a_choice_all_that_applies_is_measured(trained, tmp_path, monkeypatch, capsys):
+    def refused(*arguments):
+        raise ValueError("no two units can change places")
+
+    monkeypatch.setattr(cli, "MEASUREMENTS", {"reorder": refused, "delete_each": cli.MEASUREMENTS["delete_each"]})
+    shutil.copytree(trained / "weights", tmp_path / "weights")
+    assert main("measure", "resnet8", out=tmp_path) == 0
+    assert "reorder does not apply: no two units can change places" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "results" / "digits").glob("*.csv")] == ["delete_each.csv"]
+    assert main("measure", "resnet8", "--what", "reorder", out=tmp_path) == 2
+
+
 def test_a_full_disk_is_an_error_message(tmp_path, monkeypatch, capsys):
     def full_disk(state, path):
         raise OSError(28, "No space left on device")

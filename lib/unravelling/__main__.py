@@ -1,4 +1,4 @@
-"""The long runs, from a shell: ``python -m unravelling train …`` and ``python -m unravelling measure …``."""
+"""The long runs, from a shell: ``python -m unravelling train …``, ``measure …`` and ``ensemble …``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import measure, weights
+from . import ensemble, measure, weights
 from .chain import Chain
 from .data import Dataset, load_dataset
 from .measure import MEASUREMENTS
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m unravelling",
-        description="Train the networks of the book and measure them. Both commands can be stopped at any time and "
+        description="Train the networks of the book and measure them. All commands can be stopped at any time and "
         "continue where they were; what is done is skipped.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -53,8 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="measure trained networks",
         description="Measure networks that train has made.",
     )
-    measuring.add_argument("--what", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="default: all")
+    measuring.add_argument("--what", nargs="+", choices=MEASUREMENTS, help="default: all that apply")
     measuring.set_defaults(run=_measure)
+    joining = commands.add_parser(
+        "ensemble",
+        parents=[common],
+        help="measure ensembles of trained networks",
+        description="Average networks that train has made, in groups of --size seeds; remove members in every way.",
+    )
+    joining.add_argument("--size", type=int, default=6, help="members of an ensemble (default: 6)")
+    joining.set_defaults(run=_ensemble)
     options = parser.parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
             build(network, options.dataset)  # an unknown name fails before the first hour, not after it
         data = load_dataset(options.dataset, options.data)
         for network in options.networks:
+            if options.run is _ensemble:
+                _ensemble(options, data, network)
+                continue
             for seed in options.seeds:
                 options.run(options, data, network, seed)
     except (ValueError, OSError) as error:
@@ -135,16 +146,42 @@ def _measure(options: argparse.Namespace, data: Dataset, network: str, seed: int
     chain = weights.load(path).to(options.device)
     _check_recipe(path, options)
     key = dict(zip(KEYS, (options.dataset, network, seed, options.recipe), strict=True))
-    for what in options.what:
+    for what in options.what or MEASUREMENTS:
         path = options.out / "results" / options.dataset / f"{what}.csv"
         if path.exists() and (pd.read_csv(path, usecols=KEYS) == pd.Series(key)).all(axis=1).any():
             print(f"{network}-seed{seed}: {what} done already")
             continue
         start = time.perf_counter()
-        table = MEASUREMENTS[what](chain, data, seed)
+        try:
+            table = MEASUREMENTS[what](chain, data, seed)
+        except ValueError as error:
+            if options.what:
+                raise
+            print(f"{network}-seed{seed}: {what} does not apply: {error}")
+            continue
         seconds = time.perf_counter() - start
         _store(table, path, key, options, seconds)
         print(f"{network}-seed{seed}: {what}, {seconds:.0f} s")
+
+
+def _ensemble(options: argparse.Namespace, data: Dataset, network: str) -> None:
+    """Store the removal of members as ensemble.csv; its column ``seed`` counts the ensembles, which share no member."""
+    size = options.size
+    if size < 1 or len(options.seeds) % size:
+        raise ValueError(
+            f"{len(options.seeds)} seeds do not make ensembles of {size}: choose another --size or --seeds"
+        )
+    for replicate, start in enumerate(range(0, len(options.seeds), size)):
+        clock = time.perf_counter()
+        paths = [_weights_path(options, network, seed) for seed in options.seeds[start : start + size]]
+        chains = [weights.load(path).to(options.device) for path in paths]
+        for path in paths:
+            _check_recipe(path, options)
+        table = ensemble.remove_members(*ensemble.predictions(chains, data.test), range(size))
+        key = dict(zip(KEYS, (options.dataset, f"{network}x{size}", replicate, options.recipe), strict=True))
+        path = options.out / "results" / options.dataset / "ensemble.csv"
+        _store(table, path, key, options, time.perf_counter() - clock)
+        print(f"{network}x{size}, ensemble {replicate}: error {100 * table['error'][0]:.2f} %")
 
 
 def _weights_path(options: argparse.Namespace, network: str, seed: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -27,20 +28,21 @@ def average(logits: np.ndarray) -> np.ndarray:
 
 
 def remove_members(
-    logits: np.ndarray, labels: np.ndarray, removed: Iterable[int], trials: int, seed: int = 0
+    logits: np.ndarray, labels: np.ndarray, removed: Iterable[int], trials: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """Remove members of an ensemble at random and average the rest: what deleting blocks is compared with.
+    """Remove members of an ensemble and average the rest: what deleting blocks is compared with.
 
     Args:
         logits: of the members, ``(members, images, K)``, from `predictions`.
         labels: ``(images,)``.
         removed: numbers of members to remove.
-        trials: random choices for each number.
-        seed: of the choices.
+        trials: random choices for each number; every choice once when None.
+        seed: of the random choices.
 
     Returns:
-        One row a choice: ``removed``, ``trial``, then the columns of `unravelling.lesion.summarize`, where the intact
-        network is the whole ensemble.
+        One row a choice: ``removed``, ``trial``, ``kept`` (members that are left, from 0, separated by spaces), their
+        ``disagreement`` (NaN for one), then the columns of `unravelling.lesion.summarize`, where the intact network is
+        the whole ensemble.
 
     Raises:
         ValueError: nothing would be left.
@@ -49,11 +51,18 @@ def remove_members(
     random = np.random.default_rng(seed)
     rows, averages = [], [average(logits)]
     for number in removed:
-        if not 0 <= number < members:
+        left = members - number
+        if not 0 < left <= members:
             raise ValueError(f"cannot remove {number} of {members} members: leave at least one")
-        for trial in range(trials):
-            kept = random.choice(members, members - number, replace=False)
-            rows.append({"removed": number, "trial": trial})
+        if trials is None:
+            choices = [list(choice) for choice in combinations(range(members), left)]
+        else:
+            choices = [sorted(random.choice(members, left, replace=False).tolist()) for _ in range(trials)]
+        for trial, kept in enumerate(choices):
+            disagreeing = disagreement(logits[kept]) if left > 1 else np.nan
+            rows.append(
+                {"removed": number, "trial": trial, "kept": " ".join(map(str, kept)), "disagreement": disagreeing}
+            )
             averages.append(average(logits[kept]))
     return pd.DataFrame(rows).join(summarize(*score(np.stack(averages), labels)))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -61,11 +63,16 @@ def delete_pairs(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
 
 
 def damage(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
-    """Return the damage matrix: one row a test image, and how much deleting each unit adds to its loss (nats)."""
+    """Return the damage matrix: one row a test image, and how much deleting each unit adds to its loss (nats).
+
+    Columns: ``image``, ``label``, ``loss`` of the intact chain, then ``unit0`` and so on. Not rounded, so that margins
+    follow from the losses: log(exp(loss) - 1) is minus the log odds of the true class.
+    """
     intact = tuple(range(len(chain)))
     variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
     _, loss = lesion.evaluate_variants(chain, data.test, variants)
-    table = pd.DataFrame((loss[1:] - loss[0]).T, columns=[f"unit{i}" for i in intact]).round(4)
+    table = pd.DataFrame((loss[1:] - loss[0]).T, columns=[f"unit{i}" for i in intact])
+    table.insert(0, "loss", loss[0])
     table.insert(0, "label", data.test.labels.numpy())
     table.insert(0, "image", np.arange(len(table)))
     return table
@@ -73,7 +80,7 @@ def damage(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
 
 def reorder(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Swap random pairs of units, 25 orders for each number of swaps of `SWAPS` that the chain has pairs for."""
-    table = lesion.reorder(chain, data.test, SWAPS, 25, seed)
+    table = lesion.reorder(chain, data.test, _swaps(chain), 25, seed)
     return table.drop(columns="order")
 
 
@@ -154,24 +161,30 @@ def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
 
 
 def batch_norm_shift(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
-    """Return for every unit how far its deletion moves what later batch norms see, and the damage once they adapt.
+    """Return for every unit how far its deletion moves the channels' mean and spread, and the damage once norms adapt.
 
-    Columns: ``unit``; ``shift``, by how many standard deviations the means of channels move (root mean square over all
-    channels of later batch norms, NaN where there are none); ``delta_loss``, what the deletion adds to the test loss
-    (nats); ``reestimated_delta_loss``, the same with statistics of 500 training images before and after.
+    Columns: ``unit``; ``shift``, the root mean square of √((μ' - μ)² + (σ' - σ)²) / σ over the channels of all later
+    states, where μ and σ are moments over 500 training images; ``delta_loss``, what the deletion adds to the test loss
+    (nats); ``reestimated_delta_loss``, the same with batch norm statistics of these images before and after.
     """
-    batches = data.train.take(torch.arange(min(500, len(data.train)))).batches(250, device_of(chain))
-    intact = lesion.reestimate_batch_norm(chain, batches)
+    train = data.train.take(torch.arange(min(500, len(data.train))))
+    x, _ = _batches(train, chain, len(train))[0]
+    intact = lesion.reestimate_batch_norm(chain, _batches(train, chain, 250))
     loss, reestimated_loss = evaluate(chain, data.test)["loss"], evaluate(intact, data.test)["loss"]
+    moments = _moments(chain, x)
     rows = []
     for i in range(len(chain)):
-        healed = lesion.reestimate_batch_norm(chain.without(i), batches)
-        (before, variance), (after, _) = _statistics(intact, i + 1), _statistics(healed, i + 1)
+        lesioned = chain.without(i)
+        moved = [
+            ((mean - old_mean).square() + (std - old_std).square()) / (old_std.square() + 1e-5)
+            for (mean, std), (old_mean, old_std) in zip(_moments(lesioned, x)[i + 1 :], moments[i + 1 :], strict=True)
+        ]
+        healed = lesion.reestimate_batch_norm(lesioned, _batches(train, chain, 250))
         rows.append(
             {
                 "unit": i,
-                "shift": ((after - before).square() / (variance + 1e-5)).mean().sqrt().item(),
-                "delta_loss": evaluate(chain.without(i), data.test)["loss"] - loss,
+                "shift": torch.cat(moved).mean().sqrt().item(),
+                "delta_loss": evaluate(lesioned, data.test)["loss"] - loss,
                 "reestimated_delta_loss": evaluate(healed, data.test)["loss"] - reestimated_loss,
             }
         )
@@ -223,15 +236,16 @@ def _numbers(chain: Chain) -> list[int]:
     return [k for k in K if k < len(chain)]
 
 
-def _statistics(chain: Chain, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return means and variances ``(channels,)`` in the batch norms of the units from ``first`` on and of the head."""
-    modules = [module for part in [*list(chain.units)[first:], chain.head] for module in part.modules()]
-    norms = [module for module in modules if isinstance(module, torch.nn.BatchNorm2d)]
-    empty = torch.empty(0)
-    return (
-        torch.cat([empty, *(norm.running_mean.cpu() for norm in norms)]),
-        torch.cat([empty, *(norm.running_var.cpu() for norm in norms)]),
-    )
+def _swaps(chain: Chain) -> list[int | None]:
+    sizes = Counter(unit.stage for unit in chain.units if not unit.is_transition)
+    pairs = sum(math.comb(size, 2) for size in sizes.values())
+    return [k for k in SWAPS if k is None or k <= pairs]
+
+
+def _moments(chain: Chain, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return mean and standard deviation ``(channels,)`` of every state y_0 … y_n, over images and pixels."""
+    with torch.inference_mode():
+        return [(y.mean((0, 2, 3)), y.std((0, 2, 3), correction=0)) for y in chain.trace(x)]
 
 
 def _batches(split: Split, chain: Chain, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
