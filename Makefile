@@ -39,7 +39,14 @@ refresh: .venv/.installed
 SHIPPED := resnet110 resnet20 plain20 vgg15
 weights: .venv/.installed
 	$(RUN) -m unravelling train $(SHIPPED) vgg15-nobn resnet32 resnet56 plain32 plain56 --seeds 0-4
-	$(RUN) -m unravelling measure $(SHIPPED) vgg15-nobn --seeds 0-4 --what delete_each delete_random delete_reestimated
+	$(RUN) -m unravelling measure resnet110 --seeds 0-4
+	$(RUN) -m unravelling measure resnet20 plain20 vgg15 vgg15-nobn --seeds 0-4 --what delete_each delete_random delete_reestimated
+	$(RUN) -m unravelling measure plain20 --seeds 0-4 --what reorder
+	for recipe in digits-short-paths digits-short-paths-long digits-stochastic-depth; do \
+	  $(RUN) -m unravelling train resnet110 --seeds 0-4 --recipe $$recipe; \
+	  $(RUN) -m unravelling measure resnet110 --seeds 0-4 --recipe $$recipe --what intact delete_each delete_random; done
+	$(RUN) -m unravelling train resnet20 --seeds 5-29
+	$(RUN) -m unravelling ensemble resnet20 --seeds 0-29 --size 6
 	mkdir -p data/weights/digits data/results/digits
 	for file in $(SHIPPED:%=weights/digits/%-seed0.safetensors) $$(cd _build/runs && ls results/digits/*.csv results/digits/provenance.json); do \
 	  cp _build/runs/$$file data/$$file.new && mv data/$$file.new data/$$file; done

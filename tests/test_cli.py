@@ -73,11 +73,11 @@ def test_training_from_the_shell_is_training(trained):
     history = fit(chain, digits(), TINY, seed=0, progress=False)
     shipped = load(trained / "weights" / "digits" / "resnet8-tiny-seed0.safetensors")
     assert all(torch.equal(tensor, shipped.state_dict()[name]) for name, tensor in chain.state_dict().items())
-    curves = stored("digits/training", trained / "results")
+    curves = stored("digits/training", trained / "results", recipe=None)
     assert list(curves.columns) == [*KEYS, *history.columns]
     assert (curves[KEYS] == ["digits", "resnet8", 0, "tiny"]).all(axis=None)
     pd.testing.assert_frame_equal(curves[history.columns], history, rtol=1e-5)
-    row = stored("digits/networks", trained / "results").iloc[0]
+    row = stored("digits/networks", trained / "results", recipe=None).iloc[0]
     head = header(trained / "weights" / "digits" / "resnet8-tiny-seed0.safetensors")
     for split in ("train", "validation", "test"):
         scores = evaluate(chain, getattr(digits(), split))
@@ -89,7 +89,7 @@ def test_training_from_the_shell_is_training(trained):
 
 
 def test_gradient_norms_are_stored_from_initialisation_to_the_end(trained):
-    norms = stored("digits/gradient_norms", trained / "results")
+    norms = stored("digits/gradient_norms", trained / "results", recipe=None)
     assert sorted(set(norms["epoch"])) == [0, 1, 2]
     (batch,) = digits().train.take(torch.arange(256)).batches(256)
     ends = {0: build("resnet8", "digits"), 2: load(trained / "weights" / "digits" / "resnet8-tiny-seed0.safetensors")}
@@ -102,11 +102,11 @@ def test_gradient_norms_are_stored_from_initialisation_to_the_end(trained):
 def test_measuring_from_the_shell_is_measuring(trained):
     chain = load(trained / "weights" / "digits" / "resnet8-tiny-seed0.safetensors")
     table = delete_each(chain, digits().test)
-    found = stored("digits/delete_each", trained / "results")
+    found = stored("digits/delete_each", trained / "results", recipe=None)
     pd.testing.assert_frame_equal(found[table.columns], table, rtol=1e-5, check_dtype=False)
-    drawn = stored("digits/delete_random", trained / "results")
+    drawn = stored("digits/delete_random", trained / "results", recipe=None)
     assert drawn["k"].tolist() == [1] * 3 + [2] * 3
-    healed = stored("digits/delete_reestimated", trained / "results")
+    healed = stored("digits/delete_reestimated", trained / "results", recipe=None)
     assert healed["k"].tolist() == [1] * 5 + [2] * 5
     assert healed["reestimated_error"].between(0, 1).all()
     for row in healed.itertuples():
@@ -139,7 +139,7 @@ def test_what_is_done_is_skipped(trained, capsys, monkeypatch):
 def test_several_networks_and_seeds(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "tiny", Recipe("tiny", epochs=1, batch_size=512))
     assert main("train", "resnet8", "plain8", "--seeds", "0,2-3", out=tmp_path) == 0
-    networks = stored("digits/networks", tmp_path / "results")
+    networks = stored("digits/networks", tmp_path / "results", recipe=None)
     expected = [(name, seed) for name in ("plain8", "resnet8") for seed in (0, 2, 3)]
     assert list(networks[["network", "seed"]].itertuples(index=False, name=None)) == expected
     chain = build("plain8", "digits", seed=3)
@@ -147,7 +147,7 @@ def test_several_networks_and_seeds(tmp_path, monkeypatch):
     shipped = load(tmp_path / "weights" / "digits" / "plain8-tiny-seed3.safetensors").state_dict()
     assert all(torch.equal(tensor, shipped[name]) for name, tensor in chain.state_dict().items())
     assert main("measure", "resnet8", "plain8", "--seeds", "0,2-3", "--what", "delete_each", out=tmp_path) == 0
-    table = stored("digits/delete_each", tmp_path / "results")
+    table = stored("digits/delete_each", tmp_path / "results", recipe=None)
     assert len(table) == 2 * 3 * 3
     assert not (tmp_path / "results" / "digits" / "delete_random.csv").exists()
 

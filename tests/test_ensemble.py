@@ -201,7 +201,7 @@ def test_ensembles_from_the_shell(runs, capsys):
         assert main(runs, "--seeds", "2,0,1", "--size", "3") == 0
     assert "resnet8x3, ensemble 0: error" in capsys.readouterr().out
     assert main(runs, "--seeds", "0-2", "--size", "1") == 0
-    table = stored("digits/ensemble", runs / "results")
+    table = stored("digits/ensemble", runs / "results", recipe=None)
     assert [*table.columns[:6]] == [*KEYS, "removed", "trial"]
     assert table.groupby(["network", "seed"]).size().to_dict() == {
         ("resnet8x1", 0): 1, ("resnet8x1", 1): 1, ("resnet8x1", 2): 1, ("resnet8x3", 0): 7,

@@ -29,7 +29,7 @@ def test_rows_replace_those_of_the_same_network_only(tmp_path):
     expected = pd.concat(
         [rows("plain8", 0), rows("resnet8", 0), rows("resnet8", 0, recipe="paper"), rows("resnet8", 1, (7, 8, 9))]
     )
-    found = stored("digits/delete_each", tmp_path)
+    found = stored("digits/delete_each", tmp_path, recipe=None)
     pd.testing.assert_frame_equal(found, expected.reset_index(drop=True), check_dtype=False)
     assert list(found.columns[:4]) == KEYS
 
@@ -49,7 +49,7 @@ def test_new_columns_are_added(tmp_path):
     path = tmp_path / "digits" / "a.csv"
     store(rows(), path, "x", 1)
     store(rows(seed=1).assign(loss=3.0), path, "x", 1)
-    assert stored("digits/a", tmp_path)["loss"].isna().tolist() == [True, True, False, False]
+    assert stored("digits/a", tmp_path, recipe=None)["loss"].isna().tolist() == [True, True, False, False]
 
 
 def test_the_record_says_how_rows_were_made(tmp_path):
@@ -93,7 +93,7 @@ def test_two_processes_lose_nothing(tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    found = stored("digits/a", tmp_path)
+    found = stored("digits/a", tmp_path, recipe=None)
     expected = [(name, seed, seed / 10) for name in ("a", "b") for seed in range(20)]
     assert list(found[["network", "seed", "error"]].itertuples(index=False, name=None)) == expected
     (run,) = json.loads((path.parent / "provenance.json").read_text())["a.csv"]
@@ -118,19 +118,27 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch, error):
             assert "a.csv could not be written" in str(caught.value)
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
     store(rows(seed=1), path, "x", 1)
-    assert len(stored("digits/a", tmp_path)) == 4
+    assert len(stored("digits/a", tmp_path, recipe=None)) == 4
 
 
 def test_names_that_are_not_stored(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"^no stored results 'digits/a': there are none$"):
-        stored("digits/a", tmp_path)
+        stored("digits/a", tmp_path, recipe=None)
     store(rows(), tmp_path / "digits" / "b.csv", "x", 1)
     store(rows(), tmp_path / "cifar10" / "c.csv", "x", 1)
     with pytest.raises(FileNotFoundError, match=r"^no stored results 'digits/a': there are cifar10/c, digits/b$"):
-        stored("digits/a", tmp_path)
+        stored("digits/a", tmp_path, recipe=None)
 
 
 def test_the_projects_own_folder_is_the_default(tmp_path, monkeypatch):
     store(rows(), tmp_path / "data" / "results" / "digits" / "b.csv", "x", 1)
     monkeypatch.chdir(tmp_path)
     pd.testing.assert_frame_equal(stored("digits/b"), rows(), check_dtype=False)
+
+
+def test_recipes_are_not_mixed_unasked(tmp_path):
+    for recipe in ("digits", "paper"):
+        store(rows(recipe=recipe), tmp_path / "digits" / "a.csv", "made", 1)
+    assert stored("digits/a", tmp_path)["recipe"].tolist() == ["digits"] * 2
+    assert stored("digits/a", tmp_path, recipe="paper")["recipe"].tolist() == ["paper"] * 2
+    assert sorted(stored("digits/a", tmp_path, recipe=None)["recipe"]) == ["digits"] * 2 + ["paper"] * 2

@@ -17,10 +17,9 @@ from .data import Dataset, load_dataset
 from .measure import MEASUREMENTS
 from .nets import SHAPES, build
 from .paths import gradient_norms
-from .results import KEYS, store
+from .results import DEFAULT_RECIPES, KEYS, store
 from .train import RECIPES, evaluate, fit
 
-DEFAULT_RECIPES = {"digits": "digits", "cifar10": "short"}
 SNAPSHOTS = {0, 1, 2, 5, 10, 15, 20, 50, 100, 164}
 """Epochs after which the gradient by path length is measured, where a run has them."""
 

@@ -18,12 +18,18 @@ from .weights import data_folder
 KEYS = ["dataset", "network", "seed", "recipe"]
 
 
-def stored(name: str, folder: str | Path | None = None) -> pd.DataFrame:
+DEFAULT_RECIPES = {"digits": "digits", "cifar10": "short"}
+"""The recipe of the networks that most figures show; others are asked for by name, so that none mixes two unawares."""
+
+
+def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
     """Return stored results, such as ``stored("digits/delete_each")``.
 
     Args:
         name: dataset and quantity.
         folder: that holds ``<dataset>/<quantity>.csv``; the project's ``data/results`` when None.
+        recipe: rows of networks trained by this recipe; by the ordinary one of the dataset when ``"default"``, by any
+            when None.
 
     Raises:
         FileNotFoundError: nothing is stored under this name; the message lists what is.
@@ -33,7 +39,10 @@ def stored(name: str, folder: str | Path | None = None) -> pd.DataFrame:
     if not path.is_file():
         there = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.csv"))
         raise FileNotFoundError(f"no stored results {name!r}: there are {', '.join(there) or 'none'}")
-    return pd.read_csv(path)
+    table = pd.read_csv(path)
+    if recipe == "default":
+        recipe = DEFAULT_RECIPES.get(name.split("/")[0])
+    return table if recipe is None else table[table["recipe"] == recipe].reset_index(drop=True)
 
 
 def store(table: pd.DataFrame, path: str | Path, command: str, seconds: float) -> None:
