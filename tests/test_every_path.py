@@ -334,3 +334,11 @@ def test_stored_measurements_agree_with_measuring_by_hand(name, monkeypatch):
         whole = table[table["active"] == 9].iloc[0]  # all units: twenty times the network itself
         assert whole["mean_error"] == whole["averaged_error"] == evaluate(chain, data.test)["error"]
         assert whole["disagreement"] == 0 < table["disagreement"].iloc[0]
+
+
+def test_stored_orders_stay_within_the_pairs_there_are():
+    chain, data = build("resnet20", "digits").eval(), digits()
+    small_data = dataclasses.replace(data, test=data.test.take(torch.arange(5)))
+    table = MEASUREMENTS["reorder"](chain, small_data, 0)
+    assert table["swaps"].dropna().max() <= 5  # pairs of equal shape: 3 + 1 + 1
+    assert table["swaps"].isna().sum() == 25
