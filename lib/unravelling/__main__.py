@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m unravelling",
-        description="Train the networks of the book and measure them. All commands can be stopped at any time and "
-        "continue where they were; what is done is skipped.",
+        description="Train the networks of the book and measure them. train and measure can be stopped at any time and "
+        "continue where they were; what is done is skipped. ensemble takes seconds and starts anew.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)

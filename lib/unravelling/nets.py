@@ -177,7 +177,9 @@ def vgg(
         for stage, (factor, layers) in enumerate([(1, 2), (2, 2), (4, 3), (8, 3), (8, 3)], start=1):
             for layer in range(layers):
                 c_out = width * factor
-                branch = [conv(channels, c_out), nn.BatchNorm2d(c_out)] if batch_norm else [_biased(channels, c_out)]
+                branch: list[nn.Module] = [nn.Conv2d(channels, c_out, 3, padding=1, bias=not batch_norm)]
+                if batch_norm:
+                    branch.append(nn.BatchNorm2d(c_out))
                 branch.append(nn.ReLU())
                 skip: list[nn.Module] = [Pad(c_out - channels, 1)] if c_out > channels else []
                 if layer == layers - 1 and size > 1:
@@ -202,10 +204,6 @@ def vgg(
         config = {"name": "vgg15" + ("" if batch_norm else "-nobn"), "in_channels": in_channels}
         config |= {"classes": classes, "width": width, "image_size": image_size}
         return _initialize(Chain(nn.Identity(), units, head, config))
-
-
-def _biased(c_in: int, c_out: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
 def _initialize(chain: Chain) -> Chain:
