@@ -20,7 +20,7 @@ from .paths import gradient_norms
 from .results import DEFAULT_RECIPES, KEYS, store
 from .train import RECIPES, evaluate, fit
 
-SNAPSHOTS = {0, 1, 2, 5, 10, 15, 20, 50, 100, 164}
+SNAPSHOTS = {0, 1, 2, 4, 5, 10, 15, 20, 50, 100, 164}
 """Epochs after which the gradient by path length is measured, where a run has them."""
 
 
@@ -117,7 +117,8 @@ def _train(options: argparse.Namespace, data: Dataset, network: str, seed: int) 
         snapshot(0, chain)
     history = fit(chain, data, recipe, seed=seed, checkpoint=checkpoint, on_epoch=snapshot)
     seconds = time.perf_counter() - start
-    scores = {split: evaluate(chain, getattr(data, split)) for split in ("train", "validation", "test")}
+    splits = {"train": data.train.take(torch.arange(min(10_000, len(data.train)))), "validation": data.validation}
+    scores = {name: evaluate(chain, split) for name, split in (splits | {"test": data.test}).items()}
     key = dict(zip(KEYS, (options.dataset, network, seed, options.recipe), strict=True))
     summary = {
         f"{split}_{name}": score[name] for split, score in scores.items() for name in ("error", "loss", "images")
