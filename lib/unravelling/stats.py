@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
 
 
 def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -23,10 +22,12 @@ def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[n
     Raises:
         ValueError: a count lies outside 0 to ``images``.
     """
+    from scipy.stats import binomtest  # imported when needed: scipy.stats takes a third of torch's own time
+
     count = np.asarray(count)
     if images < 1 or (count < 0).any() or (count > images).any():
         raise ValueError(f"counts must lie between 0 and {images} images")
-    ends = [scipy_stats.binomtest(int(c), images).proportion_ci(level, "wilson") for c in count.flat]
+    ends = [binomtest(int(c), images).proportion_ci(level, "wilson") for c in count.flat]
     low, high = np.array(ends).reshape(*count.shape, 2).transpose(-1, *range(count.ndim))
     return low, high
 
@@ -63,8 +64,10 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
     Returns:
         The columns of ``by``, then ``mean``, ``low``, ``high`` and ``seeds``; the ends are NaN for a single seed.
     """
-    groups = table.groupby(by, sort=False)[value]
+    from scipy.stats import t
+
+    groups = table.groupby([by] if isinstance(by, str) else list(by), sort=False)[value]
     band = groups.agg(mean="mean", std="std", seeds="size").reset_index()
-    half = scipy_stats.t.ppf((1 + level) / 2, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
+    half = t.ppf((1 + level) / 2, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
     band["low"], band["high"] = band["mean"] - half, band["mean"] + half
     return band.drop(columns="std")
