@@ -68,7 +68,7 @@ def test_every_channel_has_its_own_moments():
     images = torch.randint(256, (20, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[:, 1] //= 4
     labels = torch.arange(20) % 2
-    data = data_module._dataset("x", (images, labels), (images, labels), {"validation": 2}, ("a", "b"))
+    data = data_module._dataset("x", (images, labels), (images, labels), {"validation": 2}, ("a", "b"), "")
     train = data.train.images.numpy().astype(np.float64)
     assert np.allclose(data.train.mean.numpy(), train.mean((0, 2, 3)), rtol=1e-6)
     assert np.allclose(data.test.std.numpy(), train.std((0, 2, 3)), rtol=1e-6)
@@ -488,3 +488,32 @@ def test_two_archives_are_one_too_many(root, tmp_path):
         archived(root, folder / f"{name}.tar.xz")
     with pytest.raises(FileNotFoundError, match=r"or one \.tar\.xz of these"):
         cifar10(folder, per_class=PER_CLASS)
+
+
+# ---------------------------------------------------------------- which copy, and which images
+
+
+@pytest.mark.parametrize("quality", [1, 30, 49, 50, 75, 90, 100])
+def test_the_label_names_the_quality_of_a_lossy_copy(tmp_path, quality):
+    for split in ("train", "test"):
+        for name in CIFAR10_CLASSES:
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32), (i, 2 * i, 3)).save(folder / f"{i}.jpg", quality=quality)
+    data = cifar10(tmp_path, per_class=(2, 2), cache=tmp_path / "cache")
+    assert data.label == f"CIFAR-10 (JPEG-{quality} copy)"
+
+
+def test_the_label_of_a_lossless_copy_is_plain(root):
+    assert cifar10(root, per_class=PER_CLASS).label == "CIFAR-10"
+    assert digits().label == "digits"
+
+
+def test_a_stratified_split_holds_the_first_images_of_every_class():
+    labels = torch.tensor([0, 1, 1, 0, 2, 2, 0, 1, 2])
+    split = Split(torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1), labels, torch.zeros(1), torch.ones(1))
+    assert split.stratified(2).images.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert split.stratified(1).labels.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"^4 images of every class are wanted, but one class has 3: take fewer$"):
+        split.stratified(4)

@@ -234,7 +234,7 @@ def test_depths_that_do_not_exist(make, depth, nearest):
         ),
         (lambda: build("resnet20-nobn"), "resnet has no variant -nobn: it has post, projection"),
         (lambda: build("plain20-projection"), "plain has no variant -projection: it has post"),
-        (lambda: build("vgg15-post"), "vgg has no variant -post: it has nobn"),
+        (lambda: build("vgg15-post"), "vgg has no variant -post: it has narrow, nobn"),
         (lambda: build("resnet20", "mnist"), "unknown dataset 'mnist': expected one of digits, cifar10"),
     ],
 )

@@ -8,11 +8,11 @@ import struct
 
 import pytest
 import torch
-from helpers import SMALL, images, small, snapshot
+from helpers import SMALL, images, randomized, small, snapshot
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from unravelling import Chain, load, resnet, save
+from unravelling import Chain, build, load, resnet, save
 from unravelling import weights as weights_module
 from unravelling.weights import data_folder, header
 
@@ -215,3 +215,15 @@ def test_the_data_folder_is_looked_for(shipped, tmp_path, monkeypatch):
         weights_module, "__file__", str(tmp_path / "project" / "lib" / "unravelling" / "weights.py")
     )
     assert data_folder() == shipped.parent
+
+
+def test_half_precision_halves_the_file_and_rounds_only_matrices_and_kernels(tmp_path):
+    chain = randomized(build("vgg15-narrow", "digits"))
+    whole, small = save(chain, tmp_path / "whole.safetensors"), save(chain, tmp_path / "half.safetensors", half=True)
+    assert small.stat().st_size < 0.6 * whole.stat().st_size
+    assert header(small)["half"] is True
+    loaded = load(small).state_dict()
+    for name, tensor in chain.state_dict().items():
+        expected = tensor.to(torch.float16).to(tensor.dtype) if tensor.dim() > 1 else tensor
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], expected)

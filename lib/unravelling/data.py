@@ -80,6 +80,18 @@ class Split:
         """Return the split of the images with the given indices."""
         return Split(self.images[chosen], self.labels[chosen], self.mean, self.std)
 
+    def stratified(self, per_class: int) -> Split:
+        """Return the split of the first ``per_class`` images of every class, in their old order; always the same ones.
+
+        Raises:
+            ValueError: a class has fewer images.
+        """
+        members = [torch.nonzero(self.labels == label).flatten() for label in self.labels.unique()]
+        fewest = min(map(len, members))
+        if fewest < per_class:
+            raise ValueError(f"{per_class} images of every class are wanted, but one class has {fewest}: take fewer")
+        return self.take(torch.cat([m[:per_class] for m in members]).sort().values)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -88,6 +100,7 @@ class Dataset:
     Attributes:
         name: ``"digits"`` or ``"cifar10"``.
         classes: names of the classes, in the order of the labels.
+        label: names the very copy of the images, such as ``"CIFAR-10 (JPEG-75 copy)"``, for tables and figures.
     """
 
     name: str
@@ -95,6 +108,7 @@ class Dataset:
     validation: Split
     test: Split
     classes: tuple[str, ...]
+    label: str = ""
 
 
 def augment(images: Tensor, generator: torch.Generator, *, crop: int = 0, flip: bool = False) -> Tensor:
@@ -112,14 +126,19 @@ def augment(images: Tensor, generator: torch.Generator, *, crop: int = 0, flip: 
 
 
 def _dataset(
-    name: str, pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor] | None, sizes: dict, classes: tuple
+    name: str,
+    pool: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor] | None,
+    sizes: dict[str, int],
+    classes: tuple[str, ...],
+    label: str,
 ) -> Dataset:
     """Cut the splits in ``sizes`` (images a class) out of ``pool``, stratified and always the same; the rest trains."""
     images, labels = pool
     random = np.random.RandomState(0)  # NumPy freezes this stream, so the split is the same on every machine
     parts: dict[str, list[Tensor]] = {split: [] for split in [*sizes, "train"]}
-    for label in range(len(classes)):
-        members = torch.from_numpy(random.permutation(np.flatnonzero(labels.numpy() == label)))
+    for number in range(len(classes)):
+        members = torch.from_numpy(random.permutation(np.flatnonzero(labels.numpy() == number)))
         for split, size in sizes.items():
             parts[split].append(members[:size])
             members = members[size:]
@@ -135,7 +154,7 @@ def _dataset(
     splits = {split: Split(images[i], labels[i], mean, std) for split, i in chosen.items()}
     if test is not None:
         splits["test"] = Split(*test, mean, std)
-    return Dataset(name, splits["train"], splits["validation"], splits["test"], classes)
+    return Dataset(name, splits["train"], splits["validation"], splits["test"], classes, label)
 
 
 def digits() -> Dataset:
@@ -148,7 +167,7 @@ def digits() -> Dataset:
     raw = load_digits()
     images = torch.from_numpy(raw.images.astype(np.uint8))[:, None]
     labels = torch.from_numpy(raw.target.astype(np.int64))
-    return _dataset("digits", (images, labels), None, {"test": 50, "validation": 20}, tuple("0123456789"))
+    return _dataset("digits", (images, labels), None, {"test": 50, "validation": 20}, tuple("0123456789"), "digits")
 
 
 def cifar10(
@@ -178,6 +197,7 @@ def cifar10(
             "where is CIFAR-10? Pass cifar10(root) or set UNRAVELLING_DATA; cifar10(root, download=True) fetches it"
         )
     root = Path(root).expanduser()
+    label = "CIFAR-10"
     if download or (root / "cifar-10-batches-py").is_dir():
         pool, test = _torchvision_files(root, download)
     else:
@@ -185,6 +205,7 @@ def cifar10(
         stamp = hashlib.sha256(f"{source.resolve()} {_fingerprint(source)}".encode()).hexdigest()[:16]
         folder = Path(cache or os.environ.get("UNRAVELLING_CACHE") or "~/.cache/unravelling").expanduser()
         pool, test = _cached(source, folder / f"cifar10-{stamp}.safetensors")
+        label += _lossy(source)
     for split, (_, labels), expected in (("train", pool, per_class[0]), ("test", test, per_class[1])):
         for name, count in zip(CIFAR10_CLASSES, labels.bincount(minlength=10).tolist(), strict=True):
             if count != expected:
@@ -192,7 +213,7 @@ def cifar10(
                     f"{root}: {count} images in {split}/{name}, expected {expected}: is the copy complete?"
                 )
     held_out = max(1, per_class[0] // 10)
-    return _dataset("cifar10", pool, test, {"validation": held_out}, CIFAR10_CLASSES)
+    return _dataset("cifar10", pool, test, {"validation": held_out}, CIFAR10_CLASSES, label)
 
 
 def _torchvision_files(root: Path, download: bool) -> list[tuple[Tensor, Tensor]]:
@@ -281,6 +302,22 @@ def _decode(source: Path) -> dict[str, Tensor]:
         decoded[f"{split}_images"] = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
         decoded[f"{split}_labels"] = torch.tensor([found[name][1] for name in names])
     return decoded
+
+
+def _lossy(source: Path) -> str:
+    """Return `` (JPEG-75 copy)``, say, where the first image is a JPEG of quality 75; nothing where it is lossless."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(next(content for name, content in _image_files(source) if name.count("/") == 2)))
+    if image.format != "JPEG":
+        return ""
+    # the first row of the luminance table that the JPEG standard suggests, scaled as libjpeg does for each quality
+    standard = np.array([16, 11, 10, 16, 24, 40, 51, 61])
+    for quality in range(100, 0, -1):
+        scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+        if (np.clip((standard * scale + 50) // 100, 1, 255) == image.quantization[0][:8]).all():
+            return f" (JPEG-{quality} copy)"
+    return " (JPEG copy)"
 
 
 def _cached(source: Path, path: Path) -> list[tuple[Tensor, Tensor]]:

@@ -18,7 +18,7 @@ from .weights import data_folder
 KEYS = ["dataset", "network", "seed", "recipe"]
 
 
-DEFAULT_RECIPES = {"digits": "digits", "cifar10": "short"}
+DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
 """The recipe of the networks that most figures show; others are asked for by name, so that none mixes two unawares."""
 
 
@@ -45,17 +45,41 @@ def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = 
     return table if recipe is None else table[table["recipe"] == recipe].reset_index(drop=True)
 
 
-def store(table: pd.DataFrame, path: str | Path, command: str, seconds: float) -> None:
+def label(dataset: str, recipe: str = "default", folder: str | Path | None = None) -> str:
+    """Return what stored results of a dataset are about, such as ``"CIFAR-10 (JPEG-75 copy), recipe brief, seed 0"``.
+
+    Args:
+        dataset: ``"digits"`` or ``"cifar10"``.
+        recipe: of the networks; the ordinary one of the dataset when ``"default"``.
+        folder: as in `stored`.
+
+    Raises:
+        FileNotFoundError: nothing is stored for this dataset.
+    """
+    recipe = DEFAULT_RECIPES[dataset] if recipe == "default" else recipe
+    seeds = sorted({int(seed) for seed in stored(f"{dataset}/networks", folder, recipe=recipe)["seed"]})
+    root = data_folder() / "results" if folder is None else Path(folder)
+    record = json.loads((root / dataset / "provenance.json").read_text())
+    copies = {run["data"] for runs in record.values() for run in runs if "data" in run}
+    name = " and ".join(sorted(copies)) or dataset
+    some = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"{name}, recipe {recipe}, {some if seeds else 'no network yet'}"
+
+
+def store(table: pd.DataFrame, path: str | Path, command: str, seconds: float, data: str | None = None) -> None:
     """Add the rows of one network to a CSV file, in place of its earlier rows, and record how they were made.
 
     The file is replaced in one step and under a lock: it is complete at any time, and several processes may write it.
 
     Args:
-        table: rows of one dataset, network, seed and recipe, which are its first columns.
+        table: rows of one dataset, network, seed and recipe, which are its first columns. What ``table.attrs`` says of
+            the ``images`` goes into the record.
         path: the CSV file; ``provenance.json`` is kept beside it.
         command: that measured the rows.
         seconds: the measurement took.
+        data: which copy of the images was used, `Dataset.label`.
     """
+    about = {"data": data, "images": table.attrs.get("images")}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     key = tuple(table[KEYS].iloc[0])
@@ -66,24 +90,24 @@ def store(table: pd.DataFrame, path: str | Path, command: str, seconds: float) -
             table = pd.concat([old[other], table])
         table = table.sort_values(KEYS, kind="stable")
         write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
-        _record(path, f"{key[1]}-seed{key[2]}-{key[3]}", command, seconds)
+        _record(path, f"{key[1]}-seed{key[2]}-{key[3]}", command, seconds, about)
 
 
-def _record(path: Path, row: str, command: str, seconds: float) -> None:
+def _record(path: Path, row: str, command: str, seconds: float, about: dict[str, str | None]) -> None:
     """Note in provenance.json, grouped by what runs have in common, how ``row`` of the file was made."""
     file = path.parent / "provenance.json"
     record = json.loads(file.read_text()) if file.exists() else {}
     runs = [
         run | {"seconds": {k: v for k, v in run["seconds"].items() if k != row}} for run in record.get(path.name, [])
     ]
-    made = {
+    made = {key: value for key, value in about.items() if value} | {
         "command": command,
         "commit": _commit(),
         "versions": {name: version(name) for name in ("torch", "numpy", "pandas", "unravelling")},
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
     }
-    same = next((run for run in runs if all(run[k] == v for k, v in made.items())), None)
+    same = next((run for run in runs if run == made | {"seconds": run["seconds"]}), None)
     if same is None:
         runs.append(same := made | {"seconds": {}})
     same["seconds"][row] = round(seconds, 1)

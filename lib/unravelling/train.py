@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -97,6 +97,11 @@ RECIPES = {
     "paper": Recipe(
         "paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True
     ),
+}
+RECIPES |= {
+    f"{name}-{variant}": replace(RECIPES[name], name=f"{name}-{variant}", **options)
+    for name in ("brief", "short", "paper")
+    for variant, options in {"short-paths": {"active": 23}, "stochastic-depth": {"survival": 0.5}}.items()
 }
 """``digits``: half a minute a network, and variants that leave branches out. ``brief``: CIFAR-10 in 4 epochs,
 three quarters of an hour for ResNet-110 on one CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al.

@@ -31,12 +31,13 @@ def data_folder() -> Path:
     raise FileNotFoundError(f"no data/results in {here} or above it: run from a clone of the project, or pass a path")
 
 
-def save(chain: Chain, path: str | Path, **header: Any) -> Path:
+def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -> Path:
     """Write the chain's parameters and buffers, with a header that `load` can rebuild it from.
 
     Args:
         chain: a network made by `unravelling.nets`, without lesions.
         path: of the ``.safetensors`` file; written beside it and renamed.
+        half: store matrices and kernels in half the bytes, float16; biases, scales and statistics stay as they are.
         header: what else to record, such as recipe, seed and errors; any JSON values.
 
     Raises:
@@ -47,6 +48,9 @@ def save(chain: Chain, path: str | Path, **header: Any) -> Path:
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     header = {"format": FORMAT, "architecture": chain.config, "versions": versions} | header
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in chain.state_dict().items()}
+    if half:
+        tensors = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+        header["half"] = True
     path = Path(path)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {"unravelling": json.dumps(header)}))
     return path
