@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 from unravelling import results
-from unravelling.results import KEYS, store, stored
+from unravelling.results import KEYS, label, store, stored
 
 
 def rows(network="resnet8", seed=0, values=(1.0, 2.0), recipe="digits"):
@@ -142,3 +142,21 @@ def test_recipes_are_not_mixed_unasked(tmp_path):
     assert stored("digits/a", tmp_path)["recipe"].tolist() == ["digits"] * 2
     assert stored("digits/a", tmp_path, recipe="paper")["recipe"].tolist() == ["paper"] * 2
     assert sorted(stored("digits/a", tmp_path, recipe=None)["recipe"]) == ["digits"] * 2 + ["paper"] * 2
+
+
+def test_the_record_names_the_copy_and_the_images_and_the_label_repeats_them(tmp_path):
+    path = tmp_path / "digits" / "networks.csv"
+    table = rows()
+    table.attrs["images"] = "the first 3 test images"
+    store(table, path, "x", 1, data="digits, written in haste")
+    store(rows(seed=4), path, "x", 1)
+    first, second = json.loads((path.parent / "provenance.json").read_text())["networks.csv"]
+    assert (first["images"], first["data"]) == ("the first 3 test images", "digits, written in haste")
+    assert "images" not in second
+    assert "data" not in second
+    assert label("digits", folder=tmp_path) == "digits, written in haste, recipe digits, 2 seeds"
+    store(rows(seed=7, recipe="paper"), path, "x", 1)
+    assert label("digits", "paper", tmp_path) == "digits, written in haste, recipe paper, seed 7"
+    assert label("digits", "short", tmp_path) == "digits, written in haste, recipe short, no network yet"
+    with pytest.raises(FileNotFoundError, match=r"^no stored results 'cifar10/networks': there are digits/networks$"):
+        label("cifar10", folder=tmp_path)

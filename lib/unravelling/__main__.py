@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         for network in options.networks:
             build(network, options.dataset)  # an unknown name fails before the first hour, not after it
         data = load_dataset(options.dataset, options.data)
+        options.copy = data.label
         for network in options.networks:
             if options.run is _ensemble:
                 _ensemble(options, data, network)
@@ -199,7 +200,7 @@ def _check_recipe(path: Path, options: argparse.Namespace) -> None:
 
 def _store(table: pd.DataFrame, path: Path, key: dict, options: argparse.Namespace, seconds: float) -> None:
     columns = [column for column in table.columns if column not in KEYS]
-    store(table[columns].assign(**key)[[*KEYS, *columns]], path, options.line, seconds)
+    store(table[columns].assign(**key)[[*KEYS, *columns]], path, options.line, seconds, options.copy)
 
 
 def _seeds(text: str) -> list[int]:

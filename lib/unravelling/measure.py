@@ -21,28 +21,34 @@ K = (1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30)
 TRIALS = 50
 SWAPS = (1, 2, 4, 8, 16, 32, 64, 128, None)
 ACTIVE = (10, 20, 30, 35, 40, 44, 48, 51, 54)
+PER_CLASS = 100
+"""Test images of each class where thousands of lesioned networks are evaluated on a CPU and the test split is large."""
 
 
 def delete_each(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Delete every unit in turn, on all test images."""
-    return lesion.delete_each(chain, data.test)
+    return _on(f"all {len(data.test)} test images", lesion.delete_each(chain, data.test))
 
 
 def delete_random(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Delete k units at random, `TRIALS` times for each k of `K`."""
-    return lesion.delete_random(chain, data.test, _numbers(chain), TRIALS, seed)
+    test, images = _some(data, chain)
+    return _on(images, lesion.delete_random(chain, test, _numbers(chain), TRIALS, seed))
 
 
 def delete_reestimated(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Repeat some lesions of `delete_random`, five a k, with batch norm re-estimated on training images."""
-    chosen = lesion.delete_random(chain, data.test, _numbers(chain), 5, seed)
-    batches = data.train.take(torch.arange(min(1000, len(data.train)))).batches(250)
+    test, images = _some(data, chain)
+    chosen = lesion.delete_random(chain, test, _numbers(chain), 5, seed)
+    train = data.train.take(torch.arange(min(1000, len(data.train))))
+    batches = _batches(train, chain, 250)
     rows = []
     for row in chosen.itertuples():
         healed = lesion.reestimate_batch_norm(chain.without(*map(int, row.units.split())), batches)
-        score = evaluate(healed, data.test)
+        score = evaluate(healed, test)
         rows.append({"reestimated_error": score["error"], "reestimated_loss": score["loss"]})
-    return chosen[["k", "trial", "units", "images", "error", "loss", "delta_error"]].join(pd.DataFrame(rows))
+    columns = ["k", "trial", "units", "images", "error", "loss", "delta_error"]
+    return _on(f"{images}; statistics from {len(train)} training images", chosen[columns].join(pd.DataFrame(rows)))
 
 
 def intact(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
@@ -53,13 +59,15 @@ def intact(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     batches = _batches(data.train.take(torch.arange(min(1000, len(data.train)))), chain, 250)
     as_trained, healed = evaluate(chain, data.test), evaluate(lesion.reestimate_batch_norm(chain, batches), data.test)
     columns = {"images": as_trained["images"], "error": as_trained["error"], "loss": as_trained["loss"]}
-    return pd.DataFrame([columns | {"reestimated_error": healed["error"], "reestimated_loss": healed["loss"]}])
+    table = pd.DataFrame([columns | {"reestimated_error": healed["error"], "reestimated_loss": healed["loss"]}])
+    return _on(f"all {len(data.test)} test images", table)
 
 
 def delete_pairs(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Delete 300 random pairs of units: with `delete_each`, the interaction of two deletions."""
-    pairs = lesion.delete_random(chain, data.test, 2, 300, seed)
-    return pairs[["trial", "units", "images", "error", "loss", "delta_error", "delta_loss"]]
+    test, images = _some(data, chain)
+    pairs = lesion.delete_random(chain, test, 2, 300, seed)
+    return _on(images, pairs[["trial", "units", "images", "error", "loss", "delta_error", "delta_loss"]])
 
 
 def damage(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
@@ -70,28 +78,35 @@ def damage(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """
     intact = tuple(range(len(chain)))
     variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
-    _, loss = lesion.evaluate_variants(chain, data.test, variants)
+    test, images = _some(data, chain)
+    _, loss = lesion.evaluate_variants(chain, test, variants)
     table = pd.DataFrame((loss[1:] - loss[0]).T, columns=[f"unit{i}" for i in intact])
     table.insert(0, "loss", loss[0])
-    table.insert(0, "label", data.test.labels.numpy())
+    table.insert(0, "label", test.labels.numpy())
     table.insert(0, "image", np.arange(len(table)))
-    return table
+    return _on(images, table)
 
 
 def reorder(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Swap random pairs of units, 25 orders for each number of swaps of `SWAPS` that the chain has pairs for."""
-    table = lesion.reorder(chain, data.test, _swaps(chain), 25, seed)
-    return table.drop(columns="order")
+    test, images = _some(data, chain)
+    return _on(images, lesion.reorder(chain, test, _swaps(chain), 25, seed).drop(columns="order"))
 
 
 def spectrum(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
-    """Return the exact gradient by path length for five batches of 64 test and of 64 training images."""
+    """Return the exact gradient by path length for batches of test and of training images.
+
+    Ten batches of 128 each; of the digits, which are few, five of 64.
+    """
+    batches, size = (10, 128) if len(data.test) >= 1280 else (5, 64)
     tables = []
     for split in ("test", "train"):
-        for batch, (x, y) in enumerate(_batches(getattr(data, split), chain, 64)[:5]):
+        first = getattr(data, split).take(torch.arange(min(batches * size, len(getattr(data, split)))))
+        for batch, (x, y) in enumerate(_batches(first, chain, size)):
             table = paths.spectrum(paths.gradient_by_length(chain, x, y))
             tables.append(table.assign(split=split, batch=batch))
-    return pd.concat(tables)[["split", "batch", "length", "norm", "share"]]
+    table = pd.concat(tables)[["split", "batch", "length", "norm", "share"]]
+    return _on(f"the first {batches} batches of {size} test and of {size} training images", table)
 
 
 def spectrum_now(chain: Chain, data: Dataset) -> pd.DataFrame:
@@ -106,31 +121,36 @@ def spectrum_now(chain: Chain, data: Dataset) -> pd.DataFrame:
 
 
 def path_norms(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
-    """Estimate the norms of single paths on 32 test images, by random signs and by sampling as the paper does.
+    """Estimate the norms of single paths on test images, by random signs and by sampling as the paper does.
+
+    On 32 images and 20 paths a length of the digits, on 16 images and 100 paths a length of CIFAR-10.
 
     Columns: those of `unravelling.paths.path_norms`, then ``exact``, the norm of their exact sum ‖G_k‖, and the mean
     and standard deviation ``sampled_mean``, ``sampled_std`` of ``sampled`` paths. All in float64.
     """
     chain = copy.deepcopy(chain).double()
-    x, y = _batches(data.test, chain, 32)[0]
+    images, samples = (16, 100) if data.name == "cifar10" else (32, 20)
+    x, y = _batches(data.test.take(torch.arange(images)), chain, images)[0]
     x = x.double()
     table = paths.path_norms(chain, x, y, 20, seed)
     table["exact"] = paths.spectrum(paths.gradient_by_length(chain, x, y))["norm"]
     lengths = table.loc[table["paths"] > 0, "length"]
-    samples = paths.sample_path_gradients(chain, x, y, lengths, 20, seed).groupby("length")["norm"]
-    return table.join(samples.agg(sampled_mean="mean", sampled_std="std", sampled="size"), on="length")
+    sampled = paths.sample_path_gradients(chain, x, y, lengths, samples, seed).groupby("length")["norm"]
+    table = table.join(sampled.agg(sampled_mean="mean", sampled_std="std", sampled="size"), on="length")
+    return _on(f"the first {images} test images", table)
 
 
 def lengths(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Return every test image's mean path length and its mode, the length with the largest share."""
     rows = []
-    for x, y in _batches(data.test, chain, 100):
+    test, images = _some(data, chain)
+    for x, y in _batches(test, chain, 100):
         table = paths.spectrum(paths.gradient_by_length(chain, x, y), per_sample=True)
         shares = table.pivot(index="sample", columns="length", values="share")
         mean = shares.mul(shares.columns).sum(axis=1)
         rows.append(pd.DataFrame({"mean_length": mean, "mode": shares.idxmax(axis=1), "label": y.cpu().numpy()}))
     table = pd.concat(rows, ignore_index=True)
-    return table.rename_axis("image").reset_index()
+    return _on(images, table.rename_axis("image").reset_index())
 
 
 def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
@@ -140,24 +160,25 @@ def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     ``descent``, the cosine of f and minus the gradient of the image's loss at the sum (Jastrzębski et al., 2018). The
     last two are means over the images.
     """
-    x, y = _batches(data.test, chain, len(data.test))[0]
-    states = chain.trace(x)
-    loss = torch.nn.functional.cross_entropy(chain.head(states[-1]), y, reduction="sum")
-    gradients = torch.autograd.grad(loss, states[1:])
-    rows = []
-    for i, unit in enumerate(chain.units):
-        with torch.no_grad():
-            f, skip = (part(states[i]).flatten(1) for part in (unit.branch, unit.skip))
-        cosine = torch.nn.functional.cosine_similarity
-        rows.append(
-            {
-                "unit": i,
-                "ratio": (f.norm(dim=1) / skip.norm(dim=1)).median().item(),
-                "cosine": cosine(f, skip).mean().item(),
-                "descent": cosine(f, -gradients[i].flatten(1)).mean().item(),
+    test, images = _some(data, chain)
+    parts = []
+    for x, y in _batches(test, chain, 100):
+        states = chain.trace(x)
+        loss = torch.nn.functional.cross_entropy(chain.head(states[-1]), y, reduction="sum")
+        gradients = torch.autograd.grad(loss, states[1:])
+        for i, unit in enumerate(chain.units):
+            with torch.no_grad():
+                f, skip = (part(states[i]).flatten(1) for part in (unit.branch, unit.skip))
+            cosine = torch.nn.functional.cosine_similarity
+            columns = {
+                "ratio": f.norm(dim=1) / skip.norm(dim=1),
+                "cosine": cosine(f, skip),
+                "descent": cosine(f, -gradients[i].flatten(1)),
             }
-        )
-    return pd.DataFrame(rows)
+            parts.append(pd.DataFrame({"unit": i} | {name: value.cpu().numpy() for name, value in columns.items()}))
+    by_unit = pd.concat(parts).groupby("unit")
+    table = by_unit.agg(ratio=("ratio", "median"), cosine=("cosine", "mean"), descent=("descent", "mean"))
+    return _on(images, table.reset_index())
 
 
 def batch_norm_shift(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
@@ -170,7 +191,8 @@ def batch_norm_shift(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     train = data.train.take(torch.arange(min(500, len(data.train))))
     x, _ = _batches(train, chain, len(train))[0]
     intact = lesion.reestimate_batch_norm(chain, _batches(train, chain, 250))
-    loss, reestimated_loss = evaluate(chain, data.test)["loss"], evaluate(intact, data.test)["loss"]
+    test, images = _some(data, chain)
+    loss, reestimated_loss = evaluate(chain, test)["loss"], evaluate(intact, test)["loss"]
     moments = _moments(chain, x)
     rows = []
     for i in range(len(chain)):
@@ -184,18 +206,19 @@ def batch_norm_shift(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
             {
                 "unit": i,
                 "shift": torch.cat(moved).mean().sqrt().item(),
-                "delta_loss": evaluate(lesioned, data.test)["loss"] - loss,
-                "reestimated_delta_loss": evaluate(healed, data.test)["loss"] - reestimated_loss,
+                "delta_loss": evaluate(lesioned, test)["loss"] - loss,
+                "reestimated_delta_loss": evaluate(healed, test)["loss"] - reestimated_loss,
             }
         )
-    return pd.DataFrame(rows)
+    return _on(f"{images}; statistics from {len(train)} training images", pd.DataFrame(rows))
 
 
 def subnetworks(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     """Average 20 random sub-networks of each size in `ACTIVE`: are they competent alone, and do they disagree?"""
     rows = []
+    test, images = _some(data, chain)
     for active in (a for a in ACTIVE if a <= len(chain)):
-        logits, labels = random_subnetworks(chain, data.test, active, 20, seed)
+        logits, labels = random_subnetworks(chain, test, active, 20, seed)
         wrong, _ = lesion.score(logits, labels)
         averaged, _ = lesion.score(average(logits), labels)
         rows.append(
@@ -208,7 +231,7 @@ def subnetworks(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
                 "disagreement": disagreement(logits),
             }
         )
-    return pd.DataFrame(rows)
+    return _on(images, pd.DataFrame(rows))
 
 
 MEASUREMENTS: dict[str, Callable[[Chain, Dataset, int], pd.DataFrame]] = {
@@ -246,6 +269,19 @@ def _moments(chain: Chain, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Te
     """Return mean and standard deviation ``(channels,)`` of every state y_0 … y_n, over images and pixels."""
     with torch.inference_mode():
         return [(y.mean((0, 2, 3)), y.std((0, 2, 3), correction=0)) for y in chain.trace(x)]
+
+
+def _some(data: Dataset, chain: Chain) -> tuple[Split, str]:
+    """Return the test images for thousands of lesions, and what they are: all, or a fixed part of many on a CPU."""
+    if len(data.test) <= 2 * PER_CLASS * len(data.classes) or device_of(chain).type == "cuda":
+        return data.test, f"all {len(data.test)} test images"
+    return data.test.stratified(PER_CLASS), f"the first {PER_CLASS} test images of every class"
+
+
+def _on(images: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Note on a table which images it was measured on; `unravelling.results.store` puts it into the record."""
+    table.attrs["images"] = images
+    return table
 
 
 def _batches(split: Split, chain: Chain, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
