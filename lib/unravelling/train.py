@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .chain import Chain, device_of, eval_mode
 from .data import Dataset, Split, write_atomically
+from .distributed import SyncedBatchNorm, first, gather, rank, share, total, world
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,9 @@ def fit(
     (on the same machine and with the same versions). Denormal numbers are flushed to zero from here on, in the whole
     process: deep plain networks train many times slower with them on a CPU.
 
+    Within `unravelling.distributed.processes` each process works on a slice of every batch, and the run is that of one
+    process up to rounding, batch norm included. A run may go on with another number of processes.
+
     Args:
         chain: the network, on its device.
         data: trains on ``data.train``, reports on ``data.validation``; the test split is not touched.
@@ -132,7 +138,8 @@ def fit(
         seed: of the order of the images and their augmentation.
         checkpoint: file to write after every epoch and to resume from.
         stop_after: epochs to run now at the most, to be resumed later.
-        on_epoch: called with the epoch, from 1, and the chain after every epoch, before the checkpoint is written.
+        on_epoch: called with the epoch, from 1, and the chain after every epoch, before the checkpoint is written; in
+            every process.
         progress: whether to show a bar, which leaves nothing behind.
 
     Returns:
@@ -140,8 +147,9 @@ def fit(
         ``validation_error``; errors as fractions, training ones averaged over the epoch's augmented batches.
 
     Raises:
-        ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; or there
-            are fewer images than a batch needs.
+        ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; there are
+            fewer images than a batch needs, or more processes than a batch has images; or the processes disagree on
+            what to train.
         OSError: the checkpoint could not be written, as on a full disk; the last one is still whole.
     """
     torch.set_flush_denormal(True)
@@ -153,20 +161,34 @@ def fit(
         raise ValueError(
             f"a batch of {recipe.batch_size} images needs at least as many: this split has {len(data.train)}"
         )
-    total = recipe.iterations or (recipe.epochs or 0) * steps
-    epochs = math.ceil(total / steps)
+    if recipe.batch_size < world():
+        raise ValueError(f"{world()} processes cannot share batches of {recipe.batch_size} images: start fewer")
+    iterations = recipe.iterations or (recipe.epochs or 0) * steps
+    epochs = math.ceil(iterations / steps)
     optimizer = torch.optim.SGD(
         chain.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
     generator = torch.Generator().manual_seed(seed)
     identity = {"recipe": asdict(recipe), "seed": seed, "network": describe(chain), "data": fingerprint(data.train)}
+    for number, other in enumerate(gather(identity)):
+        for key in (key for key in identity if other[key] != identity[key]):
+            raise ValueError(f"process {number} has another {key} than process {rank()}: start all of them alike")
     history: list[dict] = []
     path = Path(checkpoint) if checkpoint is not None else None
-    if path is not None and path.exists():
-        history = _resume(path, identity, chain, optimizer, generator)
+    state = first(lambda: _read(path, identity)) if path is not None else None
+    if state is not None:
+        chain.load_state_dict(state["chain"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        history = state["history"]
+    network: nn.Module = _Thinned(chain, recipe, generator)
+    if world() > 1:
+        thin = recipe.survival is not None or recipe.active is not None
+        network = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=thin)
     last = epochs if stop_after is None else min(epochs, len(history) + stop_after)
     label = f"training for {last} epochs"
-    with tqdm(total=(last - len(history)) * steps, desc=label, leave=False, disable=not progress) as bar:
+    synced = SyncedBatchNorm() if world() > 1 else nullcontext()
+    with tqdm(total=(last - len(history)) * steps, desc=label, leave=False, disable=not progress or rank() > 0) as bar:
         for epoch in range(len(history), last):
             chain.train()
             loss_sum = torch.zeros((), device=device)
@@ -176,21 +198,23 @@ def fit(
                 recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device
             )
             for step, (x, y) in enumerate(batches, start=epoch * steps):
-                if step >= total:
+                if step >= iterations:
                     break
-                lr = recipe.lr_at(step, total)
+                lr = recipe.lr_at(step, iterations)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                seen += len(y)
+                x, y = (part.tensor_split(world())[rank()] for part in (x, y))
                 optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    logits = thinned(chain, recipe, generator)(x)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), synced:
+                    logits = network(x)
                 loss = cross_entropy(logits.float(), y)
-                loss.backward()
+                (loss * (len(y) * world() / recipe.batch_size)).backward()  # slices differ in size, and DDP averages
                 optimizer.step()
                 loss_sum += loss.detach() * len(y)
                 wrong += (logits.argmax(1) != y).sum()
-                seen += len(y)
                 bar.update()
+            loss_sum, wrong = total(loss_sum), total(wrong)
             validation = evaluate(chain, data.validation)
             history.append(
                 {
@@ -213,9 +237,20 @@ def fit(
                     "generator": generator.get_state(),
                     "history": history,
                 }
-                write_atomically(path, lambda temporary, state=state: torch.save(state, temporary))
+                first(lambda state=state: write_atomically(path, lambda temporary: torch.save(state, temporary)))
     chain.eval()
     return pd.DataFrame(history)
+
+
+class _Thinned(nn.Module):
+    """What one step trains, as the module that DistributedDataParallel asks for."""
+
+    def __init__(self, chain: Chain, recipe: Recipe, generator: torch.Generator) -> None:
+        super().__init__()
+        self.chain, self.recipe, self.generator = chain, recipe, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return thinned(self.chain, self.recipe, self.generator)(x)
 
 
 def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
@@ -248,9 +283,12 @@ def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
 
 
 def evaluate(chain: nn.Module, data: Split | Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Return ``error`` (a fraction), ``loss`` (mean cross-entropy, nats), ``wrong`` and ``images`` in eval mode."""
+    """Return ``error`` (a fraction), ``loss`` (mean cross-entropy, nats), ``wrong`` and ``images`` in eval mode.
+
+    Several processes share the images of a split; batches are evaluated by each of them.
+    """
     device = device_of(chain)
-    batches = data.batches(device=device) if isinstance(data, Split) else data
+    batches = share(data).batches(device=device) if isinstance(data, Split) else data
     wrong, loss, images = 0, 0.0, 0
     with eval_mode(chain), torch.inference_mode():
         for x, y in batches:
@@ -258,6 +296,8 @@ def evaluate(chain: nn.Module, data: Split | Iterable[tuple[Tensor, Tensor]]) ->
             wrong += int((logits.argmax(1).cpu() != y.cpu()).sum())
             loss += float(cross_entropy(logits.double().cpu(), y.cpu(), reduction="sum"))
             images += len(y)
+    if isinstance(data, Split):
+        wrong, loss, images = map(sum, zip(*gather((wrong, loss, images)), strict=True))
     return {"error": wrong / images, "loss": loss / images, "wrong": wrong, "images": images}
 
 
@@ -274,11 +314,12 @@ def fingerprint(split: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def _resume(
-    path: Path, identity: dict, chain: Chain, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> list[dict]:
+def _read(path: Path, identity: dict) -> dict | None:
+    """Return a checkpoint's content, or None where there is none."""
+    if not path.exists():
+        return None
     try:
-        state = torch.load(path, map_location=device_of(chain), weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         stored = json.loads(state["identity"])
     except Exception as error:  # torch raises many kinds for a truncated or foreign file
         raise ValueError(f"checkpoint {path} cannot be read ({error}): delete it to train from the start") from error
@@ -288,10 +329,7 @@ def _resume(
                 f"checkpoint {path} belongs to another {key} ({stored.get(key)}, now {value}): "
                 "choose another file, or delete it to train from the start"
             )
-    chain.load_state_dict(state["chain"])
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"].cpu())
-    return state["history"]
+    return state
 
 
 def _has_bfloat16(device: torch.device) -> bool:
