@@ -6,7 +6,7 @@ be read on a telephone, and have a white background, so that they can be read in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -14,11 +14,17 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
+from .results import label as results_label
+from .results import stored
 from .stats import seed_band
 
+PAPER = "`make paper` (`python -m unravelling paper --recipe brief --data FOLDER`)"
+"""The command that makes the results on CIFAR-10, in Markdown."""
+DATASETS = "digits", "cifar10"
 WIDTH = 6.4  # inches
 _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _BROWN, _PINK, _GREY, *_ = sns.color_palette("colorblind")
 FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
@@ -81,6 +87,105 @@ def network_label(network: str) -> str:
     depth, _, variant = network[len(family) :].partition("-")
     variant = {"nobn": "without batch norm", "post": "of 2015"}.get(variant, variant)
     return f"{family}-{depth} {variant}".strip()
+
+
+def both(quantity: str, *networks: str, recipe: str = "default") -> dict[str, pd.DataFrame]:
+    """Return stored results of some networks on the digits and on CIFAR-10; what is not stored has no rows.
+
+    Args:
+        quantity: such as ``"delete_each"``.
+        networks: whose rows are wanted; all that there are when none is named.
+        recipe: as `unravelling.results.stored` takes it.
+    """
+    tables = {}
+    for dataset in DATASETS:
+        try:
+            table = stored(f"{dataset}/{quantity}", recipe=recipe)
+        except FileNotFoundError:
+            table = pd.DataFrame(columns=["dataset", "network", "seed", "recipe"])
+        tables[dataset] = table[table["network"].isin(networks)] if networks else table
+    return tables
+
+
+def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
+    """Return a sentence that names the networks which a data set lacks and the command for them, or nothing.
+
+    Args:
+        tables: of `both`.
+        networks: that a figure wants.
+    """
+    sentences = []
+    for dataset, table in tables.items():
+        if gaps := [network_label(name) for name in networks if name not in set(table["network"])]:
+            name = {"cifar10": "CIFAR-10"}.get(dataset, f"the {dataset}")
+            sentences.append(f"Not measured yet on {name}: {', '.join(gaps)}; {PAPER} does that.")
+    return " ".join(sentences)
+
+
+def describe(dataset: str, table: pd.DataFrame) -> str:
+    """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
+    if table.empty:
+        return {"cifar10": "CIFAR-10"}.get(dataset, dataset)
+    counts = table.groupby(["network", "recipe"])["seed"].nunique()
+    low, high = counts.min(), counts.max()
+    seeds = f"{high} seeds" if low == high else f"{low} to {high} seeds"
+    if table["seed"].nunique() == 1:
+        seeds = f"seed {table['seed'].iloc[0]}"
+    recipes = sorted(table["recipe"].unique())
+    return f"{results_label(dataset, recipes[0]).split(', ')[0]}, recipe {' and '.join(recipes)}, {seeds}"
+
+
+def side_by_side(
+    draw: Callable[[pd.DataFrame, Axes], object],
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    rows: Sequence[str] = (),
+    height: float = 3.6,
+    sharey: bool | str = True,
+) -> Figure:
+    """Draw the same quantity for several data sets, one column each, whose title says images, recipe and seeds.
+
+    A panel for which nothing is stored says so and stays empty.
+
+    Args:
+        draw: draws a table on the axes that it is given.
+        tables: of `both`.
+        rows: networks that get a row of panels each; all in one row when empty.
+        height: of a row, in inches.
+        sharey: as in ``plt.subplots``.
+    """
+    networks: Sequence[str | None] = rows or [None]
+    size = (WIDTH, height * len(networks))
+    fig, axes = plt.subplots(len(networks), len(tables), figsize=size, squeeze=False, sharey=sharey)
+    for line, network in zip(axes, networks, strict=True):
+        for ax, (dataset, table) in zip(line, tables.items(), strict=True):
+            chosen = table if network is None else table[table["network"] == network]
+            if chosen.empty:
+                ax.text(0.5, 0.5, "not measured yet", transform=ax.transAxes, ha="center", va="center", color="0.3")
+                ax.tick_params(bottom=False, labelbottom=False)
+            else:
+                draw(chosen, ax)
+            title = describe(dataset, chosen).replace(", ", "\n", 1)
+            ax.set_title(title if network is None else f"{network_label(network)}\n{title}", loc="left", fontsize=10.5)
+            if ax is not line[0]:
+                ax.set_ylabel("")
+    return fig
+
+
+def over_seeds(values: pd.Series, *, scale: float = 100, unit: str = " %", digits: int = 1) -> str:
+    """Return the mean of one value a seed in words, with its 95 % Student t interval where there are several seeds.
+
+    Args:
+        values: one for each seed.
+        scale: factor on the values, such as 100 for per cent.
+        unit: what follows the numbers.
+        digits: behind the decimal point.
+    """
+    band = seed_band(pd.DataFrame({"all": 0, "value": scale * np.asarray(values, float)}), "all", "value").iloc[0]
+    mean, low, high = (f"{band[end]:.{digits}f}".replace("-", "−") for end in ("mean", "low", "high"))
+    if band["seeds"] == 1:
+        return f"{mean}{unit} (one seed: no interval over seeds)"
+    return f"{mean}{unit} (95 % interval over {band['seeds']:.0f} seeds {low} to {high})"
 
 
 def damage(
