@@ -262,8 +262,8 @@ def _image_files(source: Path) -> Iterator[tuple[str, bytes]]:
         try:
             with lzma.open(source) as stream, tarfile.open(fileobj=stream) as archive:  # nothing is extracted
                 for member in archive:
-                    if member.isfile():
-                        yield "/".join(Path(member.name).parts[-3:]), archive.extractfile(member).read()
+                    if (file := archive.extractfile(member)) is not None:  # None for folders
+                        yield "/".join(Path(member.name).parts[-3:]), file.read()
                 while stream.read(2**20):  # the checksum comes last
                     pass
         except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:

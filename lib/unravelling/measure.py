@@ -18,9 +18,13 @@ from .ensemble import average, disagreement, random_subnetworks
 from .train import evaluate
 
 K = (1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30)
+"""Numbers of units that `delete_random` deletes; those that the network has."""
 TRIALS = 50
+"""Random choices for each number."""
 SWAPS = (1, 2, 4, 8, 16, 32, 64, 128, None)
+"""Numbers of pairs that `reorder` swaps; None shuffles every stage completely."""
 ACTIVE = (10, 20, 30, 35, 40, 44, 48, 51, 54)
+"""Numbers of units that the sub-networks of `subnetworks` keep."""
 PER_CLASS = 100
 """Test images of each class where thousands of lesioned networks are evaluated on a CPU and the test split is large."""
 
@@ -43,8 +47,8 @@ def delete_reestimated(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
     train = data.train.take(torch.arange(min(1000, len(data.train))))
     batches = _batches(train, chain, 250)
     rows = []
-    for row in chosen.itertuples():
-        healed = lesion.reestimate_batch_norm(chain.without(*map(int, row.units.split())), batches)
+    for units in chosen["units"]:
+        healed = lesion.reestimate_batch_norm(chain.without(*map(int, units.split())), batches)
         score = evaluate(healed, test)
         rows.append({"reestimated_error": score["error"], "reestimated_loss": score["loss"]})
     columns = ["k", "trial", "units", "images", "error", "loss", "delta_error"]
@@ -154,7 +158,7 @@ def lengths(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
 
 
 def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
-    """Return for every unit how large its branch is, and whether it moves the state against the gradient of the loss.
+    """Return for every branch how large it is, and whether it moves the state against the gradient of the loss.
 
     Columns: ``unit``; ``ratio``, the median over test images of ‖f‖ / ‖skip(y)‖; ``cosine`` of f and the skip;
     ``descent``, the cosine of f and minus the gradient of the image's loss at the sum (Jastrzębski et al., 2018). The
@@ -167,6 +171,8 @@ def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
         loss = torch.nn.functional.cross_entropy(chain.head(states[-1]), y, reduction="sum")
         gradients = torch.autograd.grad(loss, states[1:])
         for i, unit in enumerate(chain.units):
+            if unit.branch is None:
+                continue
             with torch.no_grad():
                 f, skip = (part(states[i]).flatten(1) for part in (unit.branch, unit.skip))
             cosine = torch.nn.functional.cosine_similarity

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,6 +17,7 @@ from .data import write_atomically
 from .weights import data_folder
 
 KEYS = ["dataset", "network", "seed", "recipe"]
+"""Columns that tell the rows of a table apart."""
 
 
 DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
@@ -77,7 +79,7 @@ def store(table: pd.DataFrame, path: str | Path, command: str, seconds: float, d
         path: the CSV file; ``provenance.json`` is kept beside it.
         command: that measured the rows.
         seconds: the measurement took.
-        data: which copy of the images was used, `Dataset.label`.
+        data: which copy of the images was used, `unravelling.data.Dataset.label`.
     """
     about = {"data": data, "images": table.attrs.get("images")}
     path = Path(path)
@@ -100,12 +102,11 @@ def _record(path: Path, row: str, command: str, seconds: float, about: dict[str,
     runs = [
         run | {"seconds": {k: v for k, v in run["seconds"].items() if k != row}} for run in record.get(path.name, [])
     ]
-    made = {key: value for key, value in about.items() if value} | {
+    made: dict[str, Any] = {key: value for key, value in about.items() if value} | {
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "numpy", "pandas", "unravelling")},
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "hardware": hardware(),
     }
     same = next((run for run in runs if run == made | {"seconds": run["seconds"]}), None)
     if same is None:
@@ -115,7 +116,13 @@ def _record(path: Path, row: str, command: str, seconds: float, about: dict[str,
     write_atomically(file, lambda temporary: temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n"))
 
 
-def _commit() -> str:
+def hardware() -> str:
+    """Return the processor's kind, the number of threads, and the GPU if there is one."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def commit() -> str:
     """Return the commit of the library's source, with a plus sign when its files differ from it."""
     folder = Path(__file__).parent
 
