@@ -60,6 +60,21 @@ def test_pending_names_what_is_missing_where_and_the_command(project):
     assert plots.pending(tables, "resnet110") == ""
 
 
+def test_a_narrow_variant_stands_in_only_where_its_network_is_missing(project):
+    path = project / "data/results/cifar10/delete_each.csv"
+    table = pd.read_csv(path)
+    narrow = table.assign(network="plain20-narrow")
+    pd.concat([table, narrow]).to_csv(path, index=False)
+    tables = plots.both("delete_each", "plain20")
+    assert set(tables["digits"]["network"]) == {"plain20"}
+    assert set(tables["cifar10"]["network"]) == {"plain20-narrow"}
+    assert plots.pending(tables, "plain20") == ""
+    fig = plots.side_by_side(line, tables, rows=["plain20"])
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in fig.axes] == ["plain-20", "plain-20 narrow"]
+    pd.concat([table, narrow, table.assign(network="plain20")]).to_csv(path, index=False)
+    assert set(plots.both("delete_each", "plain20")["cifar10"]["network"]) == {"plain20"}
+
+
 @pytest.mark.parametrize(
     ("networks", "digits", "cifar10"),
     [

@@ -94,7 +94,8 @@ def both(quantity: str, *networks: str, recipe: str = "default") -> dict[str, pd
 
     Args:
         quantity: such as ``"delete_each"``.
-        networks: whose rows are wanted; all that there are when none is named.
+        networks: whose rows are wanted; all that there are when none is named. Where one is missing, its variant
+            ``-narrow``, whose weights fit in a file, stands in.
         recipe: as `unravelling.results.stored` takes it.
     """
     tables = {}
@@ -103,7 +104,9 @@ def both(quantity: str, *networks: str, recipe: str = "default") -> dict[str, pd
             table = stored(f"{dataset}/{quantity}", recipe=recipe)
         except FileNotFoundError:
             table = pd.DataFrame(columns=["dataset", "network", "seed", "recipe"])
-        tables[dataset] = table[table["network"].isin(networks)] if networks else table
+        there = set(table["network"])
+        chosen = [name if name in there else f"{name}-narrow" for name in networks]
+        tables[dataset] = table[table["network"].isin(chosen)] if networks else table
     return tables
 
 
@@ -116,7 +119,8 @@ def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
     """
     sentences = []
     for dataset, table in tables.items():
-        if gaps := [network_label(name) for name in networks if name not in set(table["network"])]:
+        there = set(table["network"].astype(str).str.removesuffix("-narrow"))
+        if gaps := [network_label(name) for name in networks if name not in there]:
             name = {"cifar10": "CIFAR-10"}.get(dataset, f"the {dataset}")
             sentences.append(f"Not measured yet on {name}: {', '.join(gaps)}; {PAPER} does that.")
     return " ".join(sentences)
@@ -141,7 +145,7 @@ def side_by_side(
     *,
     rows: Sequence[str] = (),
     height: float = 3.6,
-    sharey: bool | str = True,
+    sharey: bool = True,
 ) -> Figure:
     """Draw the same quantity for several data sets, one column each, whose title says images, recipe and seeds.
 
@@ -159,14 +163,16 @@ def side_by_side(
     fig, axes = plt.subplots(len(networks), len(tables), figsize=size, squeeze=False, sharey=sharey)
     for line, network in zip(axes, networks, strict=True):
         for ax, (dataset, table) in zip(line, tables.items(), strict=True):
-            chosen = table if network is None else table[table["network"] == network]
+            chosen = table if network is None else table[table["network"].isin([network, f"{network}-narrow"])]
             if chosen.empty:
                 ax.text(0.5, 0.5, "not measured yet", transform=ax.transAxes, ha="center", va="center", color="0.3")
                 ax.tick_params(bottom=False, labelbottom=False)
             else:
                 draw(chosen, ax)
             title = describe(dataset, chosen).replace(", ", "\n", 1)
-            ax.set_title(title if network is None else f"{network_label(network)}\n{title}", loc="left", fontsize=10.5)
+            if network is not None:
+                title = f"{network_label(network if chosen.empty else chosen['network'].iloc[0])}\n{title}"
+            ax.set_title(title, loc="left", fontsize=10.5)
             if ax is not line[0]:
                 ax.set_ylabel("")
     return fig
