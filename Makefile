@@ -1,6 +1,7 @@
 # make book      execute every notebook and build the pages        make refresh   write fresh outputs into book/
 # make test      lint, build, run every test and every notebook    make weights   train the shipped networks anew
 # make clean     remove _build, never .venv or data                make bench     compare speed, side by side
+# make paper     train and measure the CIFAR-10 networks, hours to days; stop it and call it again at will
 #
 # Needs Python >= 3.10 (make PYTHON=python3.12 to choose one) and access to a package index, nothing else.
 
@@ -8,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := book
-.PHONY: book test refresh weights bench clean
+.PHONY: book test refresh weights paper bench clean
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -52,6 +53,9 @@ weights: .venv/.installed
 	  cp _build/runs/$$file data/$$file.new && mv data/$$file.new data/$$file; done
 	rm -r _build/runs
 
+# Options go into PAPER: make paper PAPER='--recipe brief --budget 2h'. CIFAR-10 is where UNRAVELLING_DATA says.
+paper: .venv/.installed
+	@$(RUN) -m unravelling paper --device auto --publish data $(PAPER)
 
 bench: .venv/.installed
 	$(RUN) benchmarks/bench.py

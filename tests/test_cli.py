@@ -9,7 +9,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from unravelling import RECIPES, Recipe, build, delete_each, digits, evaluate, fit, gradient_norms, load, measure
+from unravelling import RECIPES, Recipe, build, delete_each, digits, evaluate, fit, gradient_norms, load, measure, runs
 from unravelling import __main__ as cli
 from unravelling import train as train_module
 from unravelling.results import KEYS, stored
@@ -47,8 +47,18 @@ def files(folder):
 
 def test_help_names_every_command_and_option(capsys):
     for command, words in {
-        (): ["train", "measure", "continue where they were"],
+        (): ["train", "measure", "paper", "continue where they were"],
         ("train",): ["networks", "--dataset", "--data", "--seeds", "--recipe", "--out", "--device", "cifar10"],
+        ("paper",): [
+            "--recipe",
+            "--groups",
+            "--networks",
+            "--status",
+            "--budget",
+            "--jobs",
+            "--remeasure",
+            "--publish",
+        ],
         ("measure",): ["--what", "delete_each", "delete_random", "delete_reestimated", "--seeds", "--out"],
     }.items():
         with pytest.raises(SystemExit) as caught:
@@ -125,9 +135,9 @@ def test_checkpoints_are_gone_when_a_run_is_done(trained):
 
 
 def test_what_is_done_is_skipped(trained, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "fit", lambda *a, **k: pytest.fail("done again"))
+    monkeypatch.setattr(runs, "fit", lambda *a, **k: pytest.fail("done again"))
     for name in LESIONS:
-        monkeypatch.setitem(cli.MEASUREMENTS, name, lambda *a, **k: pytest.fail("done again"))
+        monkeypatch.setitem(measure.MEASUREMENTS, name, lambda *a, **k: pytest.fail("done again"))
     before = files(trained)
     assert main("train", "resnet8", out=trained) == 0
     assert main("measure", "resnet8", "--what", *LESIONS, out=trained) == 0
@@ -186,7 +196,7 @@ def test_an_interrupted_measurement_continues(trained, tmp_path, monkeypatch):
             (tmp_path / name).parent.mkdir(parents=True)
             (tmp_path / name).write_bytes(content)
     with monkeypatch.context() as context:
-        context.setitem(cli.MEASUREMENTS, "delete_random", interrupted)
+        context.setitem(measure.MEASUREMENTS, "delete_random", interrupted)
         assert main("measure", "resnet8", "--what", *LESIONS, out=tmp_path) == 130
     assert {path.name for path in (tmp_path / "results" / "digits").glob("*.csv")} == {"delete_each.csv"}
     assert main("measure", "resnet8", "--what", *LESIONS, out=tmp_path) == 0
@@ -195,16 +205,17 @@ def test_an_interrupted_measurement_continues(trained, tmp_path, monkeypatch):
         assert ours[f"results/digits/{name}.csv"] == theirs[f"results/digits/{name}.csv"]
 
 
-def test_without_a_choice_all_that_applies_is_measured(trained, tmp_path, monkeypatch, capsys):
-    def refused(*arguments):
-        raise ValueError("no two units can change places")
-
-    monkeypatch.setattr(cli, "MEASUREMENTS", {"reorder": refused, "delete_each": cli.MEASUREMENTS["delete_each"]})
-    shutil.copytree(trained / "weights", tmp_path / "weights")
-    assert main("measure", "resnet8", out=tmp_path) == 0
-    assert "reorder does not apply: no two units can change places" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "results" / "digits").glob("*.csv")] == ["delete_each.csv"]
-    assert main("measure", "resnet8", "--what", "reorder", out=tmp_path) == 2
+def test_without_a_choice_all_that_applies_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "tiny", Recipe("tiny", epochs=1, batch_size=512))
+    assert main("train", "plain8", out=tmp_path) == 0
+    with monkeypatch.context() as context:
+        context.setattr(runs, "applicable", lambda network, dataset: ("delete_each",))
+        assert main("measure", "plain8", out=tmp_path) == 0
+    assert "plain8-seed0-tiny: spectrum does not apply" in capsys.readouterr().out
+    results = {path.stem for path in (tmp_path / "results" / "digits").glob("*.csv")}
+    assert results == {"networks", "training", "gradient_norms", "delete_each"}
+    assert main("measure", "plain8", "--what", "subnetworks", out=tmp_path) == 2
+    assert "error: subnetworks does not apply to plain8: it gives no rows" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_an_error_message(tmp_path, monkeypatch, capsys):
