@@ -14,6 +14,7 @@ from .paths import (
     spectrum,
 )
 from .train import RECIPES, Recipe, evaluate, fit
+from .unravel import block_units, unravel
 from .weights import load, save
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "Split",
     "Unit",
+    "block_units",
     "build",
     "cifar10",
     "delete_each",
@@ -45,5 +47,6 @@ __all__ = [
     "sample_path_gradients",
     "save",
     "spectrum",
+    "unravel",
     "vgg",
 ]

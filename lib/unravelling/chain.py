@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,21 @@ class Scale(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """Map a tensor of any shape to its multiple."""
         return self.factor * y
+
+
+class NoSkip(nn.Module):
+    """The skip of a plain unit that changes the shape of its state: there is none, so the unit cannot be deleted."""
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Raise ValueError."""
+        raise ValueError(
+            f"the unit {self.name or 'without a name'} has no skip and changes the shape of its state: nothing is left "
+            "in its place when it is deleted. Leave it in, or give it a skip"
+        )
 
 
 class Unit(nn.Module):
@@ -64,8 +80,19 @@ class Unit(nn.Module):
         """Whether the branch is gone, leaving the skip alone."""
         return self.branch is None
 
+    @property
+    def can_be_deleted(self) -> bool:
+        """Whether something of the right shape is left without the branch."""
+        return not isinstance(self.skip, NoSkip)
+
     def deleted(self) -> Unit:
-        """Return a unit that shares this one's skip and post, and has no branch."""
+        """Return a unit that shares this one's skip and post, and has no branch.
+
+        Raises:
+            ValueError: the unit has no skip and changes the shape of its state.
+        """
+        if isinstance(self.skip, NoSkip):
+            self.skip(torch.empty(0))
         unit = Unit(None, self.skip, self.post, name=self.name, stage=self.stage)
         unit.training = self.training  # .train() would also set the mode of the shared modules
         return unit
@@ -100,14 +127,16 @@ class Chain(nn.Module):
     Args:
         stem: maps images ``(B, C, H, W)`` to y_0.
         units: the units, in order.
-        head: maps y_n to logits ``(B, K)``.
+        head: maps y_n to logits ``(B, K)``, or ``(B, T, K)`` for a language model.
         config: how `unravelling.nets.build` makes this network; None for any other chain.
     """
+
+    units: Sequence[Unit]
 
     def __init__(self, stem: nn.Module, units: Iterable[Unit], head: nn.Module, config: dict | None = None) -> None:
         super().__init__()
         self.stem = stem
-        self.units = nn.ModuleList(units)
+        self.units = cast("Sequence[Unit]", nn.ModuleList(units))
         self.head = head
         self.config = config
 
@@ -199,9 +228,31 @@ class Chain(nn.Module):
         return f"{name}: {len(self)} units ({'+'.join(map(str, stages.values()))}){lesion}, {million:.2f} M parameters"
 
 
+LABELS = ("labels", "label")
+"""Entries of a dict that are labels, not inputs."""
+
+
 def device_of(chain: nn.Module) -> torch.device:
     """Return the device of a module's parameters."""
-    return next(chain.parameters()).device
+    return next((p.device for p in chain.parameters()), torch.device("cpu"))
+
+
+def move(x: Any, chain: nn.Module) -> Any:
+    """Bring the tensors in an input to a module's device, and to its type where that is half precision.
+
+    Args:
+        x: a tensor, or tensors in a dict, a list or a tuple. Other things stay as they are.
+        chain: the module.
+    """
+    if isinstance(x, Mapping):
+        return {name: move(value, chain) for name, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)(move(value, chain) for value in x)
+    if not isinstance(x, Tensor):
+        return x
+    dtype = next((p.dtype for p in chain.parameters() if p.is_floating_point()), x.dtype)
+    half = dtype in (torch.float16, torch.bfloat16) and x.is_floating_point()
+    return x.to(device_of(chain), dtype) if half else x.to(device_of(chain))
 
 
 @contextmanager
