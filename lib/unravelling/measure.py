@@ -173,15 +173,15 @@ def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
         for i, unit in enumerate(chain.units):
             if unit.branch is None:
                 continue
+            cosine = torch.nn.functional.cosine_similarity
             with torch.no_grad():
                 f, skip = (part(states[i]).flatten(1) for part in (unit.branch, unit.skip))
-            cosine = torch.nn.functional.cosine_similarity
-            columns = {
-                "ratio": f.norm(dim=1) / skip.norm(dim=1),
-                "cosine": cosine(f, skip),
-                "descent": cosine(f, -gradients[i].flatten(1)),
-            }
-            parts.append(pd.DataFrame({"unit": i} | {name: value.cpu().numpy() for name, value in columns.items()}))
+                columns = {
+                    "ratio": f.norm(dim=1) / skip.norm(dim=1),
+                    "cosine": cosine(f, skip),
+                    "descent": cosine(f, -gradients[i].flatten(1)),
+                }
+            parts.append(pd.DataFrame({"unit": i} | {name: value.detach().cpu().numpy() for name, value in columns.items()}))
     by_unit = pd.concat(parts).groupby("unit")
     table = by_unit.agg(ratio=("ratio", "median"), cosine=("cosine", "mean"), descent=("descent", "mean"))
     return _on(images, table.reset_index())
