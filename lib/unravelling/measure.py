@@ -181,7 +181,7 @@ def branches(chain: Chain, data: Dataset, seed: int) -> pd.DataFrame:
                     "cosine": cosine(f, skip),
                     "descent": cosine(f, -gradients[i].flatten(1)),
                 }
-            parts.append(pd.DataFrame({"unit": i} | {name: value.detach().cpu().numpy() for name, value in columns.items()}))
+            parts.append(pd.DataFrame({"unit": i} | {name: value.cpu().numpy() for name, value in columns.items()}))
     by_unit = pd.concat(parts).groupby("unit")
     table = by_unit.agg(ratio=("ratio", "median"), cosine=("cosine", "mean"), descent=("descent", "mean"))
     return _on(images, table.reset_index())
