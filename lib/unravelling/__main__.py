@@ -161,23 +161,25 @@ def _paper(options: argparse.Namespace) -> int:
         raise ValueError(f"--jobs {options.jobs}: at least one process is needed")
     recipe = options.recipe or ("paper" if options.device.startswith("cuda") else "short")
     rows = paper.select(options.dataset, recipe, options.groups, options.networks, options.seeds)
-    data = load_dataset(options.dataset, options.data)
+    idle = options.deadline <= time.time()  # --budget 0s publishes what there is, and needs no images
+    data = None if idle else load_dataset(options.dataset, options.data)
     alone = options.worker is None and options.jobs == 1
     place = Place(options.out, options.device, options.line, progress=alone and sys.stderr.isatty())
-    limit = paper.Limit(data, place, options.deadline)
+    limit = None if data is None else paper.Limit(data, place, options.deadline)
     if options.worker is None:
         if options.publish:
             paper.adopt(place, options.publish, options.dataset)
-        print(f"{data.label}, recipe {recipe}, {options.device}, {torch.get_num_threads()} threads, {options.out}")
-        print(paper.status(rows, limit, estimate=limit.left() > 0), flush=True)
+        images = data.label if data else options.dataset
+        print(f"{images}, recipe {recipe}, {options.device}, {torch.get_num_threads()} threads, {options.out}")
+        print(paper.status(rows, place, None if idle else limit), flush=True)
         if options.status:
             return 0
     failed: list[str] = []
     code = 0
     try:
-        if options.jobs > 1 and options.worker is None:
+        if options.jobs > 1 and options.worker is None and not idle:
             code = paper.side_by_side(options.arguments, options.jobs, options.deadline)
-        elif limit.left() > 0:
+        elif not idle:
             some = None if options.deadline == math.inf else limit
             failed = paper.work(rows, data, place, some, remeasure=options.remeasure)
     finally:
@@ -185,7 +187,7 @@ def _paper(options: argparse.Namespace) -> int:
             for refusal in paper.publish(place, options.publish, options.dataset):
                 print(f"not published: {refusal}")
     if options.worker is None:
-        print(paper.status(rows, limit, estimate=False), flush=True)
+        print(paper.status(rows, place), flush=True)
     return 2 if failed else code
 
 

@@ -230,26 +230,26 @@ def describe(row: Row, folder: Path, under_way: dict) -> str:
     return "complete" if done == len(names) else f"trained, {done} of {len(names)} measured" if done else "trained"
 
 
-def status(rows: Sequence[Row], limit: Limit, *, estimate: bool = True) -> str:
-    """Return a table of rows: what is done, what remains, and about how long that takes one row after the other."""
-    place, folder = limit.place, limit.place.results(limit.data.name)
+def status(rows: Sequence[Row], place: Place, limit: Limit | None = None) -> str:
+    """Return a table of rows: what is done, what remains and, by ``limit``, about how long that takes one by one."""
+    folder, commit = place.results(rows[0].dataset), results.commit()
     lines, whole = [], 0.0
     for row in rows:
         state = describe(row, folder, _under_way(row, place))
         seconds = 0.0
-        if estimate and state != "complete":
+        if limit is not None and state != "complete":
             seconds += 0 if place.weights(row) else limit.training(row)
             names = applicable(row.network, row.dataset)
             seconds += sum(limit.measurement(row, what) for what in names if not measured(row, folder, what))
         whole += seconds
         rest = f"about {duration(seconds)}" if seconds else ""
         lines.append(f"{row.group or '-'}  {row!s:<40} {state:<28} {rest}".rstrip())
-        foreign = {commit for what in _files(folder) if (commit := made(row, folder, what).get("commit"))}
-        if len(foreign) > 1 or (foreign and results.commit() not in foreign):
-            lines.append(f"   made by commit {', '.join(sorted(foreign))}; this is {results.commit()}")
+        makers = {made(row, folder, what).get("commit", commit) for what in _files(folder)}
+        if makers - {commit}:
+            lines.append(f"   made by commit {', '.join(sorted(makers))}; this is {commit}")
     complete = sum("complete" in line.split() for line in lines)
     lines.append(f"{complete} of {len(rows)} rows are complete")
-    if estimate and whole:
+    if whole:
         lines[-1] += (
             f"; the rest takes about {duration(whole)} on this machine, one row after the other (an estimate: from "
             "durations on record for this hardware, or from a few steps timed here)"
