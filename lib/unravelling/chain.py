@@ -231,6 +231,9 @@ class Chain(nn.Module):
 LABELS = ("labels", "label")
 """Entries of a dict that are labels, not inputs."""
 
+IGNORED = -100
+"""The label of a token that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
+
 
 def device_of(chain: nn.Module) -> torch.device:
     """Return the device of a module's parameters."""
@@ -253,6 +256,29 @@ def move(x: Any, chain: nn.Module) -> Any:
     dtype = next((p.dtype for p in chain.parameters() if p.is_floating_point()), x.dtype)
     half = dtype in (torch.float16, torch.bfloat16) and x.is_floating_point()
     return x.to(device_of(chain), dtype) if half else x.to(device_of(chain))
+
+
+def inputs_and_labels(chain: Chain, batch: Any) -> tuple[Any, Any]:
+    """Return inputs and labels of a batch, on the chain's device.
+
+    Args:
+        chain: the network. The labels of one that was made from a Hugging Face model for causal language modelling are
+            shifted by one where they come in a dict, as the model's own loss does: they are the tokens themselves.
+        batch: a pair of inputs and labels, or a dict of inputs with ``labels`` or ``label``.
+
+    Raises:
+        ValueError: a dict has no labels.
+    """
+    if not isinstance(batch, Mapping):
+        x, y = batch
+        return move(x, chain), move(y, chain)
+    name = next((name for name in LABELS if name in batch), None)
+    if name is None:
+        raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
+    y = move(batch[name], chain)
+    if getattr(chain.stem, "shift_labels", False) and y.dim() == 2:
+        y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)
+    return move({key: value for key, value in batch.items() if key not in LABELS}, chain), y
 
 
 @contextmanager

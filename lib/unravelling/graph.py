@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -541,6 +542,22 @@ class Context:
         return self.values[name]
 
 
+class Piece(fx.GraphModule):
+    """A traced piece of a model that follows ``.to()``: types and devices in it change with its parameters."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Piece:
+        def follow(value: Any) -> Any:
+            if isinstance(value, torch.dtype) and value.is_floating_point:
+                return fn(torch.empty(0, dtype=value)).dtype
+            return fn(torch.empty(0, device=value)).device if isinstance(value, torch.device) else value
+
+        super()._apply(fn, recurse)
+        for node in self.graph.nodes:
+            node.args, node.kwargs = map_aggregate(node.args, follow), map_aggregate(node.kwargs, follow)
+        self.recompile()
+        return self
+
+
 class Part(nn.Module):
     """A piece of a traced model that reads values from the context."""
 
@@ -685,4 +702,4 @@ class Builder:
         root = {
             str(n.target): self.traced.get(str(n.target)) for n in graph.nodes if n.op in ("get_attr", "call_module")
         }
-        return fx.GraphModule(root, graph)
+        return Piece(root, graph)

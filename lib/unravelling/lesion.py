@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import logsumexp
-from scipy.stats import kendalltau
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from .chain import Chain, device_of, eval_mode
+from .chain import IGNORED, Chain, Unit, device_of, eval_mode, inputs_and_labels, move
 from .data import Split
+from .distributed import sharded
 from .stats import paired_bootstrap, wilson
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Any]
+"""Batches of inputs: pairs ``(x, y)`` of inputs and labels, as a ``DataLoader`` gives them, or dicts with ``labels``.
+
+Inputs are normalised images ``(B, C, H, W)`` with labels ``(B,)``, or tokens ``(B, T)`` with labels ``(B, T)``, of
+which -100 are ignored; whatever the chain takes. A single batch will do.
+"""
 
 
+def _batches(chain: Chain, data: Split | Batches) -> Iterator[tuple[Any, Any]]:
+    """Yield inputs and labels on the chain's device."""
+    if isinstance(data, Split):
+        data = data.batches(device=device_of(chain))
+    elif isinstance(data, Mapping) or (isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor)):
+        data = [data]
+    for batch in data:
+        yield inputs_and_labels(chain, batch)
+
+
+def _runs(
+    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]]
+) -> Iterator[tuple[Iterator[tuple[int, Tensor]], Any]]:
+    """Yield, for each batch, numbers and logits of the variants in an order that shares work, and labels."""
+    order = sorted(range(len(variants)), key=lambda v: tuple(variants[v]))
+    deleted: dict[int, Unit] = {}
+
+    def run(x: Any) -> Iterator[tuple[int, Tensor]]:
+        states: list[Tensor] = [chain.stem(x)]
+        path: tuple[int, ...] = ()
+        for v in order:
+            variant = tuple(variants[v])
+            pairs = enumerate(zip(path, variant, strict=False))
+            shared = next((i for i, (a, b) in pairs if a != b), min(len(path), len(variant)))
+            del states[shared + 1 :]
+            for i in variant[shared:]:
+                if i < 0 and i not in deleted:
+                    deleted[i] = chain.units[~i].deleted()
+                states.append((chain.units[i] if i >= 0 else deleted[i])(states[-1]))
+            path = variant
+            yield v, chain.head(states[-1])
+
+    with eval_mode(chain), torch.inference_mode():
+        for x, y in _batches(chain, data):
+            yield run(x), y
+
+
+@sharded
 def variant_logits(
     chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -31,63 +74,133 @@ def variant_logits(
 
     Args:
         chain: the network; its modes and parameters stay as they are.
-        data: a split, or batches of normalised images ``(B, C, H, W)`` and labels ``(B,)`` that can be iterated over.
+        data: a split, or `Batches`.
         variants: each a sequence of units, where i is unit i and ``~i`` (that is -i - 1) is unit i deleted.
 
     Returns:
-        Logits ``(variants, images, K)``, float32, and labels ``(images,)``.
+        Logits ``(variants, images, K)``, float32, and labels ``(images,)``. All of them are kept: for language models,
+        with logits ``(variants, sequences, T, K)``, use `evaluate_variants`.
+
+    Raises:
+        ValueError: a unit cannot be deleted.
     """
-    device = device_of(chain)
-    batches = data.batches(device=device) if isinstance(data, Split) else data
-    units: dict[int, nn.Module] = dict(enumerate(chain.units))
-    units |= {~i: unit.deleted() for i, unit in enumerate(chain.units)}
-    order = sorted(range(len(variants)), key=lambda v: tuple(variants[v]))
     logits, labels = [], []
-    with eval_mode(chain), torch.inference_mode():
-        for x, y in batches:
-            states, path = [chain.stem(x.to(device))], ()
-            batch = [np.empty(0)] * len(variants)
-            for v in order:
-                variant = tuple(variants[v])
-                pairs = enumerate(zip(path, variant, strict=False))
-                shared = next((i for i, (a, b) in pairs if a != b), min(len(path), len(variant)))
-                del states[shared + 1 :]
-                for i in variant[shared:]:
-                    states.append(units[i](states[-1]))
-                path = variant
-                batch[v] = chain.head(states[-1]).float().cpu().numpy()
-            logits.append(np.stack(batch))
-            labels.append(y.cpu().numpy())
+    for run, y in _runs(chain, data, variants):
+        batch = [np.empty(0)] * len(variants)
+        for v, out in run:
+            batch[v] = out.float().cpu().numpy()
+        logits.append(np.stack(batch))
+        labels.append(y.cpu().numpy())
     return np.concatenate(logits, 1), np.concatenate(labels)
 
 
 def evaluate_variants(
-    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]]
+    chain: Chain,
+    data: Split | Batches,
+    variants: Sequence[Sequence[int]],
+    loss: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``; arguments as `variant_logits`."""
-    return score(*variant_logits(chain, data, variants))
+    """Return errors and losses of many rearrangements of one chain; logits are not kept.
+
+    Args:
+        chain: the network; its modes and parameters stay as they are.
+        data: a split, or `Batches`.
+        variants: as in `variant_logits`.
+        loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
+
+    Returns:
+        ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``. With labels ``(B, T)`` an image is a sequence
+        and both are means over its tokens, float, times its number of tokens over the average one's: so the mean over
+        sequences is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
+    """
+    if isinstance(data, Split) and loss is None:
+        return score(*variant_logits(chain, data, variants))
+    wrongs, losses, counts = [], [], []
+    tokens = False
+    for run, y in _runs(chain, data, variants):
+        labels = y.cpu().numpy() if isinstance(y, Tensor) else None
+        wrong, values = [np.empty(0)] * len(variants), [np.empty(0)] * len(variants)
+        for v, out in run:
+            logits = _classes_last(out.float().cpu().numpy(), labels)
+            scored = labels is not None and labels.dtype.kind in "iu" and logits.shape[:-1] == labels.shape
+            if loss is None or scored:
+                wrong[v], values[v] = score(logits, labels)
+            else:
+                wrong[v] = np.full(len(out), np.nan)
+            if loss is not None:
+                values[v] = np.array([float(loss(out[i : i + 1], _one(y, i))) for i in range(len(out))])
+        kept = np.ones(len(wrong[0])) if not scored else labels != IGNORED
+        if kept.ndim > 1 or not kept.all():
+            tokens = True
+            inner = tuple(range(1, kept.ndim))
+            wrong = [(w & kept).sum(inner) for w in wrong]
+            values = [value.sum(inner, where=kept) if loss is None else value for value in values]
+            kept = kept.sum(inner)
+        wrongs.append(np.stack(wrong))
+        losses.append(np.stack(values))
+        counts.append(kept)
+    wrong, values, count = np.concatenate(wrongs, 1), np.concatenate(losses, 1), np.concatenate(counts)
+    if not tokens:
+        return wrong, values
+    share = len(count) / count.sum()
+    return wrong * share, values * share if loss is None else values
+
+
+def _one(y: Any, i: int) -> Any:
+    """Return the labels of one image."""
+    if isinstance(y, Mapping):
+        return {name: _one(value, i) for name, value in y.items()}
+    return y[i : i + 1] if isinstance(y, Tensor) else y
+
+
+def _classes_last(logits: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """Bring the logits ``(B, K, H, W)`` of a segmentation into the order of its labels ``(B, H, W)``."""
+    if labels is None or labels.ndim < 3 or logits.shape[:-1] == labels.shape:
+        return logits
+    return np.moveaxis(logits, 1, -1)
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``wrong`` (bool) and cross-entropy ``loss`` (nats), both ``(…, images)``, of logits ``(…, images, K)``."""
+    """Return ``wrong`` (bool) and cross-entropy ``loss`` (nats), both ``(…, images)``, of logits ``(…, images, K)``.
+
+    Labels ``(images,)`` may also be those of tokens, ``(images, T)``, for logits ``(…, images, T, K)``. A token with
+    the label -100 is not wrong and has the loss NaN.
+    """
+    from scipy.special import logsumexp  # imported when needed, as everywhere: scipy doubles the time of the import
+
     logits = logits.astype(float)
-    true = np.take_along_axis(logits, np.broadcast_to(labels[:, None], (*logits.shape[:-1], 1)), -1)[..., 0]
-    return logits.argmax(-1) != labels, logsumexp(logits, axis=-1) - true
+    ignored = labels == IGNORED
+    chosen = np.broadcast_to(np.where(ignored, 0, labels)[..., None], (*logits.shape[:-1], 1))
+    loss = logsumexp(logits, axis=-1) - np.take_along_axis(logits, chosen, -1)[..., 0]
+    wrong = logits.argmax(-1) != labels
+    return (wrong & ~ignored, np.where(ignored, np.nan, loss)) if ignored.any() else (wrong, loss)
 
 
-def delete_each(chain: Chain, data: Split | Batches) -> pd.DataFrame:
+def delete_each(
+    chain: Chain, data: Split | Batches, *, loss: Callable[[Tensor, Any], Tensor] | None = None
+) -> pd.DataFrame:
     """Delete every unit in turn (Veit et al., 2016, section 4.1 and figures 3 and 4).
 
     Args:
         chain: a trained network.
-        data: a split, or batches of normalised images ``(B, C, H, W)`` and labels ``(B,)`` that can be iterated over.
+        data: a split, or `Batches`, such as a ``DataLoader``.
+        loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
-        One row a unit: ``unit``, ``name``, ``stage``, ``is_transition``, then the columns of `summarize`.
+        One row a unit, with ``unit``, ``name``, ``stage``, ``is_transition``, then the columns of `summarize`: missing
+        values where the unit cannot be deleted, since it has no skip and changes the shape of its state.
+
+    Raises:
+        ValueError: no unit can be deleted.
     """
     intact = tuple(range(len(chain)))
-    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
-    table = summarize(*evaluate_variants(chain, data, variants))
+    chosen = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
+    if not chosen:
+        raise ValueError(
+            "no unit of this chain can be deleted: none has a skip, and each changes the shape of its state"
+        )
+    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in chosen)]
+    table = summarize(*evaluate_variants(chain, data, variants, loss)).set_axis(chosen)
     units = [
         {"unit": i, "name": unit.name, "stage": unit.stage, "is_transition": unit.is_transition}
         for i, unit in enumerate(chain.units)
@@ -102,25 +215,29 @@ def delete_random(
     trials: int,
     seed: int = 0,
     candidates: Sequence[int] | None = None,
+    *,
+    loss: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> pd.DataFrame:
     """Delete k units chosen at random, several times over (Veit et al., 2016, section 4.2 and figure 5a).
 
     Args:
         chain: a trained network.
-        data: a split, or batches of normalised images ``(B, C, H, W)`` and labels ``(B,)`` that can be iterated over.
+        data: a split, or `Batches`, such as a ``DataLoader``.
         k: how many units to delete; several numbers are measured together, which shares work between them.
         trials: random choices for each k.
         seed: of the choices.
-        candidates: units to choose from; all of them when None.
+        candidates: units to choose from; all that can be deleted when None.
+        loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
         One row a choice: ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of `summarize`.
 
     Raises:
-        ValueError: k is larger than the number of candidates, or negative.
+        ValueError: k is larger than the number of candidates, or negative, or a candidate cannot be deleted.
         IndexError: a candidate does not exist.
     """
-    pool = chain.check_indices(range(len(chain)) if candidates is None else candidates)
+    free = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
+    pool = chain.check_indices(free if candidates is None else candidates)
     numbers = list(k) if isinstance(k, Iterable) else [k]
     for number in numbers:
         if not 0 <= number <= len(pool):
@@ -132,7 +249,7 @@ def delete_random(
             gone = sorted(random.choice(pool, number, replace=False).tolist())
             rows.append({"k": number, "trial": trial, "units": " ".join(map(str, gone))})
             variants.append(tuple(~i if i in gone else i for i in range(len(chain))))
-    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, variants)))
+    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, variants, loss)))
 
 
 def reorder(
@@ -141,16 +258,19 @@ def reorder(
     swaps: int | Iterable[int | None] | None,
     trials: int,
     seed: int = 0,
+    *,
+    loss: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> pd.DataFrame:
     """Swap random pairs of units of equal shape, several times over (Veit et al., 2016, section 4.3 and figure 5b).
 
     Args:
         chain: a trained network.
-        data: a split, or batches of normalised images ``(B, C, H, W)`` and labels ``(B,)`` that can be iterated over.
+        data: a split, or `Batches`, such as a ``DataLoader``.
         swaps: how many different pairs to swap, one after the other; transition units stay where they are. None
             shuffles every stage completely. Several numbers are measured together, which shares work between them.
         trials: random orders for each number of swaps.
         seed: of the orders.
+        loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
         One row an order: ``swaps`` (missing for a complete shuffle), ``trial``, ``order`` (numbers, separated by
@@ -188,10 +308,12 @@ def reorder(
                     order[a], order[b] = order[b], order[a]
             rows.append({"swaps": number, "trial": trial, "order": " ".join(map(str, order))} | _taus(order, stages))
             variants.append(tuple(chain.check_order(order)))
-    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, variants)))
+    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, variants, loss)))
 
 
 def _taus(order: list[int], stages: dict[int, list[int]]) -> dict[str, float]:
+    from scipy.stats import kendalltau
+
     movable = [members for members in stages.values() if len(members) > 1]
     weights = [len(members) * (len(members) - 1) / 2 for members in movable]
     within = [kendalltau(members, [order[i] for i in members]).statistic for members in movable]
@@ -206,10 +328,11 @@ def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
 
     Columns: ``images``; ``error`` (fraction) with its 95 % Wilson interval ``error_low``, ``error_high``; ``loss``
     (nats); ``delta_error`` and ``delta_loss``, the differences to the intact network on the same images, each with a
-    95 % paired bootstrap interval ``…_low``, ``…_high``.
+    95 % paired bootstrap interval ``…_low``, ``…_high``. For a language model images are sequences, since the tokens of
+    one are not independent, and the interval of the error is a bootstrap one, too.
     """
     images = wrong.shape[1]
-    low, high = wilson(wrong[1:].sum(1), images)
+    low, high = wilson(wrong[1:].sum(1), images) if wrong.dtype == bool else paired_bootstrap(wrong[1:])
     table = {
         "images": images,
         "error": wrong[1:].mean(1),
@@ -231,15 +354,29 @@ def reestimate_batch_norm(chain: Chain, batches: Batches) -> Chain:
 
     Args:
         chain: usually one with deleted units.
-        batches: normalised training images ``(B, C, H, W)`` and labels, which are not looked at.
+        batches: normalised training images ``(B, C, H, W)`` and labels, which are not looked at; or other `Batches`.
+
+    Raises:
+        ValueError: the chain was traced from a model that calls batch norm as a function.
     """
-    chain = copy.deepcopy(chain)
+    baked = [n.name for m in chain.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes if _is_norm(n)]
+    if baked:
+        raise ValueError(
+            f"the traced model calls batch norm as a function ({baked[0]}), whose statistics cannot be estimated anew: "
+            "register its blocks with block_units, so that their layers are kept"
+        )
+    chain = copy.deepcopy(chain).eval()
     for module in chain.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
             module.momentum = None  # a plain average over the batches
-    chain.train()
+            module.train()  # this one alone: dropout stays off
     with torch.no_grad():
-        for x, _ in batches:
-            chain(x.to(device_of(chain)))
+        for batch in batches:
+            x = batch if isinstance(batch, Mapping) else batch[0]
+            chain(move(x, chain))
     return chain.eval()
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return "batch_norm" in str(node.target) and node.op == "call_function"

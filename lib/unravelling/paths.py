@@ -5,38 +5,49 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
-from torch.nn.functional import cross_entropy
+from torch.nn import functional as F
 
-from .chain import Chain, Unit, device_of
+from .chain import Chain, Unit, inputs_and_labels, move
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 
 
-def gradient_norms(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> pd.DataFrame:
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the mean cross-entropy (nats) of logits ``(B, K)`` and labels ``(B,)``, or ``(B, T, K)`` and ``(B, T)``.
+
+    Labels of -100 are ignored.
+    """
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()) if logits.dim() == 3 else F.cross_entropy(logits, y)
+
+
+def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy) -> pd.DataFrame:
     """Return the norm of the loss gradient at every state y_0 … y_n, in the mode the chain is in.
 
     Args:
         chain: the network. In training mode batch norm uses the batch, and its running statistics stay as they are.
-        x: normalised images ``(B, C, H, W)``.
-        y: labels ``(B,)``.
-        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
+        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         One row a state: ``state`` (0 to n), ``gradient_norm`` over the whole batch.
     """
     buffers = {name: buffer.clone() for name, buffer in chain.named_buffers()}
-    x = x.to(device_of(chain)).detach().requires_grad_()  # y_0 is x itself where the stem does nothing
+    x, y = _inputs(chain, x, y)
     try:
-        states = chain.trace(x)
-        gradients = grad(_scalar(loss(chain.head(states[-1]), y.to(x.device))), states)
+        states = [chain.stem(x).detach().requires_grad_()]
+        for unit in chain.units:
+            states.append(unit(states[-1]))
+        gradients = grad(_scalar(loss(chain.head(states[-1]), y)), states)
     finally:
         with torch.no_grad():
             for name, buffer in chain.named_buffers():
@@ -45,7 +56,7 @@ def gradient_norms(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entrop
     return pd.DataFrame({"state": range(len(norms)), "gradient_norm": norms})
 
 
-def path_gradients(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> dict[tuple[int, ...], Tensor]:
+def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy) -> dict[tuple[int, ...], Tensor]:
     """Return the gradient at y_0 along each of the 2^n paths, by brute force.
 
     The chain rule through y_i = post_i(skip_i(y_{i-1}) + branch_i(y_{i-1})) is a product of sums of two Jacobians,
@@ -54,9 +65,9 @@ def path_gradients(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entrop
 
     Args:
         chain: a network of at most 12 units, in eval mode.
-        x: normalised images ``(B, C, H, W)``.
-        y: labels ``(B,)``.
-        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
+        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
@@ -67,7 +78,7 @@ def path_gradients(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entrop
     if len(chain) > 12:
         raise ValueError(f"{len(chain)} units make 2^{len(chain)} paths: use gradient_by_length for more than 12")
     states, top = _states_and_top_gradient(chain, x, y, loss)
-    paths = {(): top}
+    paths: dict[tuple[int, ...], Tensor] = {(): top}
     for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
         through_skip, through_branch = _vjps(unit, state)
         paths = {
@@ -79,8 +90,8 @@ def path_gradients(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entrop
 
 def gradient_by_length(
     chain: Chain,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any = None,
     loss: Loss = cross_entropy,
     *,
     at: str = "stem",
@@ -95,9 +106,9 @@ def gradient_by_length(
 
     Args:
         chain: the network, in eval mode.
-        x: normalised images ``(B, C, H, W)``.
-        y: labels ``(B,)``.
-        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
+        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        loss: maps logits and ``y`` to a scalar.
         at: ``"stem"`` for the gradient at y_0, the first unit's input, ``"pixels"`` for that at ``x``.
         max_length: the longest length m told apart; all of them when None.
         dtype: compute in this type, such as ``torch.float64``, on a copy of the chain; as the chain is when None.
@@ -114,7 +125,8 @@ def gradient_by_length(
     if max_length is not None and not 0 <= max_length <= len(chain):
         raise ValueError(f"max_length {max_length} makes no sense: paths have lengths 0 to {len(chain)}")
     if dtype is not None:
-        chain, x = copy.deepcopy(chain).to(dtype), x.to(dtype)
+        x, y = _inputs(chain, x, y)
+        chain, x = copy.deepcopy(chain).to(dtype), _floats(x, dtype)
     states, top = _states_and_top_gradient(chain, x, y, loss)
     by_length: list[Tensor | None] = [top]
     whole = top
@@ -162,7 +174,7 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
     return table if per_sample else table.drop(columns="sample")
 
 
-def mean_length(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Tensor:
+def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy) -> Tensor:
     """Return every image's mean path length Σ k ⟨g, G_k⟩ / ‖g‖², weighted by the signed shares of the gradient at y_0.
 
     With G(t) = Σ t^k G_k it is ⟨g, dG/dt⟩ / ‖g‖² at t = 1, and the derivative follows from two vector-Jacobian products
@@ -170,9 +182,9 @@ def mean_length(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entropy) 
 
     Args:
         chain: the network, in eval mode.
-        x: normalised images ``(B, C, H, W)``.
-        y: labels ``(B,)``.
-        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
+        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         Lengths ``(B,)``. For a whole batch, average them with weights ‖g‖².
@@ -195,8 +207,8 @@ def mean_length(chain: Chain, x: Tensor, y: Tensor, loss: Loss = cross_entropy) 
 
 def sample_path_gradients(
     chain: Chain,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     lengths: Iterable[int],
     samples: int,
     seed: int = 0,
@@ -209,12 +221,12 @@ def sample_path_gradients(
 
     Args:
         chain: the network, in eval mode; use float64, since long paths carry less than float32 can hold.
-        x: normalised images ``(B, C, H, W)``.
-        y: labels ``(B,)``.
+        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
+        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
         lengths: numbers k of branches.
         samples: paths for each length.
         seed: of the choices.
-        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         One row a path: ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
@@ -245,9 +257,7 @@ def sample_path_gradients(
     return pd.DataFrame(rows)
 
 
-def path_norms(
-    chain: Chain, x: Tensor, y: Tensor, repeats: int, seed: int = 0, loss: Loss = cross_entropy
-) -> pd.DataFrame:
+def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: Loss = cross_entropy) -> pd.DataFrame:
     """Estimate Σ ‖g_path‖² over all paths of every length at once, by random signs.
 
     Every branch is given an independent random sign for every image. In G_k ← S_i^T G_k ± J_i^T G_{k-1} the products of
@@ -255,11 +265,11 @@ def path_norms(
 
     Args:
         chain: the network, in eval mode; float64 for lengths at which the gradient is tiny.
-        x: normalised images ``(B, C, H, W)``.
-        y: labels ``(B,)``.
+        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
+        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
         repeats: independent draws of all signs, at least 2.
         seed: of the signs.
-        loss: maps logits ``(B, K)`` and ``y`` to a scalar.
+        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         One row a length: ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how many
@@ -337,14 +347,34 @@ def _ways(unit: Unit, through_skip: Way, through_branch: Way) -> list[Way]:
     return [(through_skip, through_branch)[bit] for bit in _bits(unit)]
 
 
+@overload
+def _sum(terms: Iterable[Tensor]) -> Tensor: ...
+@overload
+def _sum(terms: Iterable[Tensor | None]) -> Tensor | None: ...
 def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:
     """Add the terms that there are."""
     there = [term for term in terms if term is not None]
     return functools.reduce(torch.add, there) if there else None
 
 
-def _to_pixels(chain: Chain, x: Tensor, gradients: Tensor) -> Tensor:
-    x = x.to(device_of(chain)).detach().requires_grad_()
+def _inputs(chain: Chain, x: Any, y: Any) -> tuple[Any, Any]:
+    """Return inputs and labels on the chain's device; the labels from a dict where there are none beside it."""
+    return inputs_and_labels(chain, x if y is None else (x, y))
+
+
+def _floats(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, Mapping):
+        return {name: _floats(value, dtype) for name, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)(_floats(value, dtype) for value in x)
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _to_pixels(chain: Chain, x: Any, gradients: Tensor) -> Tensor:
+    x = move(x, chain)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise ValueError('the input holds no numbers to take a gradient at: use at="stem", the first unit\'s input')
+    x = x.detach().requires_grad_()
     y_0 = chain.stem(x)
     if y_0 is x:
         return gradients
@@ -359,15 +389,17 @@ def _scalar(value: Tensor) -> Tensor:
 
 def _states_and_top_gradient(chain: Chain, x: Tensor, y: Tensor, loss: Loss) -> tuple[list[Tensor], Tensor]:
     """Return y_0 … y_n, detached, and the gradient of the loss at y_n."""
-    device = device_of(chain)
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in chain.modules()):
         raise ValueError(
             "batch norm is in training mode, in which it ties the images of a batch together: call chain.eval() first"
         )
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p for m in chain.modules()):
+        raise ValueError("dropout is in training mode, in which no two passes are the same: call chain.eval() first")
+    x, y = _inputs(chain, x, y)
     with torch.no_grad():
-        states = chain.trace(x.to(device))
+        states = chain.trace(x)
     last = states[-1].detach().requires_grad_()  # not in place: it may be the caller's x
-    return states, grad(_scalar(loss(chain.head(last), y.to(device))), last)[0]
+    return states, grad(_scalar(loss(chain.head(last), y)), last)[0]
 
 
 def _vjps(unit: Unit, state: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -381,6 +413,7 @@ def _vjps(unit: Unit, state: Tensor) -> tuple[Callable[[Tensor], Tensor], Callab
 
     def through(part: Tensor | None) -> Callable[[Tensor], Tensor]:
         def vjp(g: Tensor) -> Tensor:
+            assert part is not None, "no way leads through a deleted branch"
             if not isinstance(unit.post, nn.Identity):
                 (g,) = grad(after, total, g, retain_graph=True)
             return g if part is state else grad(part, state, g, retain_graph=True)[0]
