@@ -63,8 +63,8 @@ MATRIX = (
 
 SEEDS = range(5)
 SCALES = ("brief", "short", "paper")
-FILE_LIMIT, FOLDER_LIMIT = 10_000_000, 40_000_000
-"""Bytes of one file in ``data/``, and of all of it."""
+FILE_LIMIT, FOLDER_LIMIT, HALF_LIMIT = 10_000_000, 40_000_000, 3_000_000
+"""Bytes of one file in ``data/``, of all of it, and of weights that are not halved in precision."""
 
 COST: dict[str, Callable[[int, int, int], float]] = {
     "intact": lambda n, full, part: 2 * full + 3000,
@@ -429,9 +429,9 @@ def without_paths(command: str) -> str:
     """Return a command line without the folders that exist on one machine only, for the record."""
     words, kept = iter(shlex.split(command)), []
     for word in words:
-        if word in ("--out", "--data"):
+        if word in ("--out", "--data", "--publish"):
             next(words, None)
-        elif not word.startswith(("--out=", "--data=")):
+        elif not word.startswith(("--out=", "--data=", "--publish=")):
             kept.append(word)
     return shlex.join(kept)
 
@@ -458,7 +458,7 @@ def _evidence(row: Row, folder: Path) -> list[str]:
 def _objection(row: Row, source: Path, folder: Path) -> str | None:
     """Return why a row must not be published, None if it may."""
     ours, stored = scores(row, source), scores(row, folder)
-    if not all(math.isfinite(float(ours[f"{split}_loss"])) for split in ("train", "validation", "test")):
+    if not all(math.isfinite(float(ours[f"{split}_loss"] or "nan")) for split in ("train", "validation", "test")):
         return "its losses are not finite: not published"
     if stored in ({}, ours):
         return None
@@ -484,8 +484,8 @@ def _too_large(target: Path, new: dict[Path, bytes], path: Path) -> str | None:
 
 
 def _shippable(path: Path, scratch: Path) -> bytes:
-    """Return a weights file, in half precision where it would be too large otherwise."""
-    if path.stat().st_size <= FILE_LIMIT:
+    """Return a weights file, in half precision where it is large."""
+    if path.stat().st_size <= HALF_LIMIT:
         return path.read_bytes()
     half = scratch / "half.safetensors"
     header = {k: v for k, v in weights.header(path).items() if k != "half"}
@@ -511,7 +511,7 @@ def _merged(source: Path, target: Path, rows: Sequence[Row], without: Iterable[s
             for part, mine in ((stored, False), (new, True))
             if len(part)
         ]
-        table = pd.concat(parts).fillna("")
+        table = pd.concat(parts, ignore_index=True).fillna("")
         order = table[KEYS].assign(seed=table["seed"].astype(int)).sort_values(KEYS, kind="stable")
         files[target / f"{what}.csv"] = table.loc[order.index].to_csv(index=False)
         runs = old.get(f"{what}.csv", [])
