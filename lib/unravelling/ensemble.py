@@ -40,9 +40,9 @@ def remove_members(
         seed: of the random choices.
 
     Returns:
-        One row a choice: ``removed``, ``trial``, ``kept`` (members that are left, from 0, separated by spaces), their
-        ``disagreement`` (NaN for one), then the columns of `unravelling.lesion.summarize`, where the intact network is
-        the whole ensemble.
+        One row a choice, with ``removed``, ``trial``, ``kept`` (members that are left, from 0, separated by spaces),
+        their ``disagreement`` (NaN for one), then the columns of `unravelling.lesion.summarize`, where the intact
+        network is the whole ensemble.
 
     Raises:
         ValueError: nothing would be left.
