@@ -244,7 +244,7 @@ def status(rows: Sequence[Row], place: Place, limit: Limit | None = None) -> str
         whole += seconds
         rest = f"about {duration(seconds)}" if seconds else ""
         lines.append(f"{row.group or '-'}  {row!s:<40} {state:<28} {rest}".rstrip())
-        makers = {made(row, folder, what).get("commit", commit) for what in _files(folder)}
+        makers = {run["commit"] for what in _files(folder) if (run := made(row, folder, what))}
         if makers - {commit}:
             lines.append(f"   made by commit {', '.join(sorted(makers))}; this is {commit}")
     complete = sum("complete" in line.split() for line in lines)
