@@ -3,19 +3,23 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import unravelling
 from helpers import SMALL, mix_modes, small, snapshot
 from torch import nn
 from torch.nn.functional import batch_norm
 from unravelling import Chain, Dataset, Recipe, delete_each, delete_random, digits, distributed, evaluate, fit, resnet
+from unravelling.__main__ import main
 from unravelling.lesion import variant_logits
 
 WORLD = 2
+digits_recipe = unravelling.RECIPES["digits"]
 RECIPES = {
     "whole": Recipe("whole", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True),
     "uneven": Recipe("uneven", iterations=4, batch_size=33, lr=0.1, schedule="steps", milestones=(0.5,)),
@@ -75,8 +79,8 @@ def batch_norm_case(name, dtype, images):
 def lesions(data):
     chain = small("pre")
     wrong = {kind: evaluate(small(kind), data.test) for kind in SMALL}
-    logits = distributed.sharded(variant_logits)(chain, data.test, [range(6), [0, ~1, 2, 3, 4, 5], [0, 1, ~2, 3, 4, 5]])
-    few = distributed.sharded(variant_logits)(chain, data.test.take(torch.arange(1)), [range(6)])
+    logits = variant_logits(chain, data.test, [range(6), [0, ~1, 2, 3, 4, 5], [0, 1, ~2, 3, 4, 5]])
+    few = variant_logits(chain, data.test.take(torch.arange(1)), [range(6)])
     return {
         "evaluate": wrong,
         "plain batches": evaluate(chain, data.test.batches(40)),
@@ -85,6 +89,18 @@ def lesions(data):
         "delete_each": delete_each(chain, data.test).to_dict("list"),
         "delete_random": delete_random(chain, data.test, [1, 3], trials=3, seed=5).to_dict("list"),
     }
+
+
+def shares(data):
+    """How many images a measurement of one process is given, and the labels that all of them get back."""
+    sizes = []
+
+    def measure(chain, split, factor):
+        sizes.append(len(split))
+        return factor * np.zeros((1, len(split), 1)), split.labels.numpy()
+
+    logits, labels = distributed.sharded(measure)(None, data.test, factor=1)
+    return [sizes, logits.shape[1], labels.tolist()]
 
 
 def caught(function):
@@ -102,6 +118,15 @@ def fault(recipe, seed=3, **options):
 def full_disk(state, path):
     path.write_bytes(b"half a")
     raise OSError(28, "No space left on device")
+
+
+def shell(folder):
+    """Train and measure from the command line, with a recipe that is short enough for a test."""
+    unravelling.RECIPES["digits"] = replace(digits_recipe, epochs=2, lr=1e-3)  # so that rounding stays small
+    common = ["resnet8", "--out", str(folder), "--device", "cpu"]
+    codes = [main(["train", *common]), main(["measure", *common, "--what", "intact", "delete_each"])]
+    unravelling.RECIPES["digits"] = digits_recipe
+    return codes
 
 
 def work(folder):
@@ -128,20 +153,20 @@ def work(folder):
         evaluate(chain, cut().test)
         found["untouched"] = snapshot(chain) == before
         found["lesions"] = lesions(cut())
+        found["shares"] = shares(cut())
         found["small batch"] = fault(Recipe("x", epochs=1, batch_size=1))
         found["other seed"] = fault(RECIPES["whole"], seed=number)
         found["other checkpoint"] = fault(RECIPES["uneven"], checkpoint=folder / "one.pt")
         save, torch.save = torch.save, full_disk
         found["full disk"] = fault(RECIPES["whole"], checkpoint=folder / "full.pt")
         torch.save = save
+        found["shell"] = shell(folder / "two")
     torch.save(found, folder / f"{number}.pt")
 
 
 def torchrun(*arguments, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +213,8 @@ def close(ours, theirs, **tolerance):
 def test_two_processes_train_as_one_in_double_precision(pair, name):
     alone = trained(name)
     assert alone["history"]["train_loss"][-1] < alone["history"]["train_loss"][0]
-    close(pair[0][name]["state"], alone["state"], rtol=1e-9, atol=1e-10)
-    close(pair[0][name]["history"], alone["history"], rtol=1e-5, atol=0)  # losses are added up in float32
+    close(pair[0][name]["state"], alone["state"], rtol=1e-12, atol=1e-12)
+    close(pair[0][name]["history"], alone["history"], rtol=1e-6, atol=0)  # losses are added up in float32
 
 
 def test_slices_of_different_sizes(pair):
@@ -199,7 +224,7 @@ def test_slices_of_different_sizes(pair):
 
 
 def test_two_processes_train_as_one_in_single_precision(pair):
-    close(pair[0]["single"]["state"], trained("single")["state"], rtol=1e-3, atol=1e-4)
+    close(pair[0]["single"]["state"], trained("single")["state"], rtol=1e-5, atol=1e-5)
 
 
 def test_all_processes_end_with_the_same_bits(pair):
@@ -263,8 +288,32 @@ def test_a_shared_test_set_gives_the_same_tables(pair):
     assert np.isfinite(tables[0]["delta_loss"]).all()
 
 
+def test_each_process_gets_its_share_and_all_get_the_whole(pair):
+    labels = cut().test.labels.tolist()
+    assert shares(cut()) == [[101], 101, labels]
+    assert [found["shares"] for found in pair] == [[[51], 101, labels], [[50], 101, labels]]
+
+
 def test_measuring_changes_nothing(pair):
     assert [found["untouched"] for found in pair] == [True, True]
+
+
+def test_the_command_line_stores_the_same_files_once(pair, folder, capsys):
+    assert [found["shell"] for found in pair] == [[0, 0], [0, 0]]
+    assert shell(folder / "one") == [0, 0]
+    assert "delete_each" in capsys.readouterr().out
+    stored = {path.relative_to(folder / "one") for path in (folder / "one").rglob("*.*") if path.suffix != ".lock"}
+    assert stored == {
+        path.relative_to(folder / "two") for path in (folder / "two").rglob("*.*") if path.suffix != ".lock"
+    }
+    tables = [path for path in stored if path.suffix == ".csv"]
+    assert {"networks.csv", "training.csv", "delete_each.csv"} <= {path.name for path in tables}
+    for path in tables:
+        one, two = (pd.read_csv(folder / count / path) for count in ("one", "two"))
+        pd.testing.assert_frame_equal(two, one, rtol=1e-2, atol=1e-3)
+    weights = (unravelling.load(next((folder / count).rglob("*.safetensors"))) for count in ("one", "two"))
+    one, two = (chain.state_dict() for chain in weights)
+    close(two, one, rtol=1e-2, atol=1e-3)
 
 
 # ---------------------------------------------------------------- processes and faults

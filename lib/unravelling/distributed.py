@@ -59,6 +59,9 @@ def processes(device: str = "auto") -> Iterator[str]:
             raise ValueError(f"process {local} of this machine finds {gpus} GPUs: use torchrun --nproc-per-node {gpus}")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
+    if world() > 1:  # within another such block; a group cannot be joined twice
+        yield device
+        return
     distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
@@ -71,10 +74,11 @@ def first(function: Callable[[], T]) -> T:
     """Call a function in the first process only, and return its result, or raise its error, in every one.
 
     For what must happen once, such as writing a file, and for decisions that must not differ, such as those of a clock.
-    All processes wait for it.
+    It starts when all processes have come here, and they go on when it is done.
     """
     if world() == 1:
         return function()
+    distributed.barrier()
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -126,7 +130,7 @@ def sharded(function: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Callable[
     """
 
     @functools.wraps(function)
-    def shared(chain, data, *arguments, **options):
+    def shared(chain: Any, data: Any, *arguments: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         if world() == 1 or not isinstance(data, Split):
             return function(chain, data, *arguments, **options)
         logits, labels = zip(*gather(function(chain, share(data), *arguments, **options)), strict=True)
@@ -141,7 +145,9 @@ class SyncedBatchNorm(TorchFunctionMode):
     PyTorch's own SyncBatchNorm does so on GPUs only, and replaces the modules; here they stay as they are.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Call ``func``, or for batch norm what takes its place."""
         return (_synced_batch_norm if func is batch_norm else func)(*args, **(kwargs or {}))
 

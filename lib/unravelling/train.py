@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -101,14 +102,16 @@ RECIPES = {
         "paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True
     ),
 }
-RECIPES |= {
-    f"{name}-{variant}": replace(RECIPES[name], name=f"{name}-{variant}", **options)
-    for name in ("brief", "short", "paper")
-    for variant, options in {"short-paths": {"active": 23}, "stochastic-depth": {"survival": 0.5}}.items()
-}
-"""``digits``: half a minute a network, and variants that leave branches out. ``brief``: CIFAR-10 in 4 epochs,
+"""Recipes by name.
+
+``digits``: half a minute a network, and variants that leave branches out. ``brief``: CIFAR-10 in 4 epochs,
 three quarters of an hour for ResNet-110 on one CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al.
 (2015)."""
+RECIPES |= {
+    f"{name}-{variant}": replace(RECIPES[name], name=f"{name}-{variant}", active=active, survival=survival)
+    for name in ("brief", "short", "paper")
+    for variant, active, survival in (("short-paths", 23, None), ("stochastic-depth", None, 0.5))
+}
 
 
 def fit(
@@ -143,7 +146,7 @@ def fit(
         progress: whether to show a bar, which leaves nothing behind.
 
     Returns:
-        One row an epoch: ``epoch`` (from 1), ``lr``, ``train_loss``, ``train_error``, ``validation_loss``,
+        One row an epoch, with ``epoch`` (from 1), ``lr``, ``train_loss``, ``train_error``, ``validation_loss``,
         ``validation_error``; errors as fractions, training ones averaged over the epoch's augmented batches.
 
     Raises:
@@ -175,7 +178,7 @@ def fit(
             raise ValueError(f"process {number} has another {key} than process {rank()}: start all of them alike")
     history: list[dict] = []
     path = Path(checkpoint) if checkpoint is not None else None
-    state = first(lambda: _read(path, identity)) if path is not None else None
+    state = first(partial(_read, path, identity)) if path is not None else None
     if state is not None:
         chain.load_state_dict(state["chain"])
         optimizer.load_state_dict(state["optimizer"])
@@ -184,7 +187,7 @@ def fit(
     network: nn.Module = _Thinned(chain, recipe, generator)
     if world() > 1:
         thin = recipe.survival is not None or recipe.active is not None
-        network = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=thin)
+        network = DistributedDataParallel(network, find_unused_parameters=thin)
     last = epochs if stop_after is None else min(epochs, len(history) + stop_after)
     label = f"training for {last} epochs"
     synced = SyncedBatchNorm() if world() > 1 else nullcontext()
@@ -237,7 +240,7 @@ def fit(
                     "generator": generator.get_state(),
                     "history": history,
                 }
-                first(lambda state=state: write_atomically(path, lambda temporary: torch.save(state, temporary)))
+                first(partial(write_atomically, path, partial(torch.save, state)))
     chain.eval()
     return pd.DataFrame(history)
 
@@ -276,6 +279,7 @@ def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
         keep[torch.randperm(n, generator=generator)[: recipe.active]] = True
         probability = torch.full((n,), recipe.active / n, dtype=torch.float64)
     else:
+        assert recipe.survival is not None
         probability = 1 - torch.arange(1, n + 1, dtype=torch.float64) / n * (1 - recipe.survival)
         keep = torch.rand(n, generator=generator) < probability
     kept = zip(chain.units, keep.tolist(), probability.tolist(), strict=True)
@@ -309,8 +313,8 @@ def describe(chain: nn.Module) -> str:
 
 def fingerprint(split: Split) -> str:
     """Return a fingerprint of a split's images and labels."""
-    digest = hashlib.sha256(split.images.contiguous().numpy())
-    digest.update(split.labels.numpy())
+    digest = hashlib.sha256(split.images.contiguous().numpy().data)
+    digest.update(split.labels.numpy().data)
     return digest.hexdigest()[:16]
 
 
