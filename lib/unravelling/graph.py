@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -197,12 +198,13 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
         dims = range(t.dim()) if not t.is_floating_point() or t.dim() == 3 else range(min(t.dim(), 1))
         return dict.fromkeys(dims, free)
 
-    try:
-        names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-        shapes = {name: sizes(t) for name, t in zip(names, [*args, *kwargs.values()], strict=True)}
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception:
-        program = torch.export.export(model, args, kwargs, strict=False)
+    with _quiet("torch.fx.experimental.symbolic_shapes", "torch.export"):  # a failure is told by its exception
+        try:
+            names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+            shapes = {name: sizes(t) for name, t in zip(names, [*args, *kwargs.values()], strict=True)}
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception:
+            program = torch.export.export(model, args, kwargs, strict=False)
     module = program.module()
     with torch.no_grad():
         output = model(*args, **kwargs)
@@ -213,8 +215,33 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
     if not kwargs:
         names = list(inspect.signature(model.forward).parameters)[: len(placeholders)]
     inputs = dict(zip(placeholders, names, strict=True))
+    _drop_casts(module.graph)
     results = tree_leaves(next(node for node in nodes if node.op == "output").args)
     return Traced(module.graph, lambda t: operator.attrgetter(t)(module), inputs, results[position], "torch.export")
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def _drop_casts(graph: fx.Graph) -> None:
+    """Remove casts to the type that a value has already: such a cast returns its argument, the stream itself."""
+    for node in list(graph.nodes):
+        base = node.args[0] if node.args else None
+        if name_of(node) not in ("to", "_to_copy") or not isinstance(base, fx.Node):
+            continue
+        new, old = node.meta.get("val"), base.meta.get("val")
+        if new is not None and old is not None and (new.dtype, new.device) == (old.dtype, old.device):
+            node.replace_all_uses_with(base)
 
 
 def _two(t: Any) -> Any:

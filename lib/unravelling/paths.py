@@ -405,15 +405,15 @@ def _states_and_top_gradient(chain: Chain, x: Tensor, y: Tensor, loss: Loss) -> 
 def _vjps(unit: Unit, state: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Return the maps g → S^T g and g → J^T g of a unit at ``state``, its ``post`` included."""
     state = state.detach().requires_grad_()
-    skip = unit.skip(state)
     branch = unit.branch(state) if unit.branch is not None else None
-    total = skip if branch is None else skip + branch if unit.residual else branch
+    skip = unit.skip(state) if branch is None or unit.residual else None  # a plain unit's is for its deletion
+    total = skip if branch is None else branch if skip is None else skip + branch
     total = total.detach().requires_grad_()
     after = unit.post(total)
 
     def through(part: Tensor | None) -> Callable[[Tensor], Tensor]:
         def vjp(g: Tensor) -> Tensor:
-            assert part is not None, "no way leads through a deleted branch"
+            assert part is not None, "no way leads through a deleted branch or a plain unit's skip"
             if not isinstance(unit.post, nn.Identity):
                 (g,) = grad(after, total, g, retain_graph=True)
             return g if part is state else grad(part, state, g, retain_graph=True)[0]

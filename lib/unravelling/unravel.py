@@ -455,8 +455,8 @@ def _build(
     hint = "" if x is not None else " Give an example input: unravel(model, x)."
     raise Unsupported(
         f"{type(model).__name__} cannot be traced: its control flow depends on the data, or it leaves PyTorch "
-        f"({'; '.join(reasons)}).{hint} If its blocks are modules in a row, write a wrapper whose forward calls the "
-        "stem, the blocks and the head one after the other"
+        f"({'; '.join(reasons)}).{hint} If that happens within its blocks, register their class with block_units: "
+        "they are not looked into then. Otherwise write a wrapper whose forward calls stem, blocks and head in turn"
     )
 
 
