@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -149,7 +150,7 @@ def _ensemble(options: argparse.Namespace) -> int:
         joint = Row(options.dataset, f"{rows[start].network}x{size}", replicate, rows[start].recipe)
         keyed = table.assign(**joint.key)[[*KEYS, *table.columns]]
         path, seconds = place.results(options.dataset) / "ensemble.csv", time.perf_counter() - clock
-        distributed.first(lambda t=keyed, p=path, s=seconds: store(t, p, options.line, s, data=data.label))
+        distributed.first(partial(store, keyed, path, options.line, seconds, data=data.label))
         print(f"{joint.network}, ensemble {replicate}: error {100 * table['error'][0]:.2f} %")
     return 0
 
@@ -179,7 +180,7 @@ def _paper(options: argparse.Namespace) -> int:
     try:
         if options.jobs > 1 and options.worker is None and not idle:
             code = paper.side_by_side(options.arguments, options.jobs, options.deadline)
-        elif not idle:
+        elif data is not None:
             some = None if options.deadline == math.inf else limit
             failed = paper.work(rows, data, place, some, remeasure=options.remeasure)
     finally:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -311,11 +312,11 @@ def adopt(place: Place, source: Path, dataset: str) -> None:
     mine = set(_rows(place.results(dataset)))
     rows = [row for row in _rows(folder) if row not in mine]
     for path, text in _merged(folder, place.results(dataset), rows).items():
-        write_atomically(path, lambda to, text=text: to.write_text(text))
+        write_atomically(path, partial(_write, text.encode()))
     for row in rows:
         path, home = weights_path(row, source / "weights"), weights_path(row, place.out / "weights")
         if path.exists() and (header := weights.header(path)).get("recipe") == row.recipe and not header.get("half"):
-            write_atomically(home, lambda to, path=path: shutil.copyfile(path, to))
+            write_atomically(home, partial(shutil.copyfile, path))
 
 
 def publish(place: Place, target: Path, dataset: str) -> list[str]:
@@ -339,7 +340,7 @@ def publish(place: Place, target: Path, dataset: str) -> list[str]:
             reason = _objection(row, source, folder)
             refused += [f"{row}: {reason}"] if reason else []
             rows += [] if reason else [row]
-        accepted = {}
+        accepted: dict[Path, bytes] = {}
         for path, text in _merged(source, folder, rows).items():
             content = text.encode()
             reason = _too_large(target, accepted | {path: content}, path)
@@ -351,10 +352,10 @@ def publish(place: Place, target: Path, dataset: str) -> list[str]:
         if lost - {"provenance.json"}:  # the record must not speak of rows that are not there
             accepted |= {p: t.encode() for p, t in _merged(source, folder, rows, lost).items() if p.suffix == ".json"}
         for row in sorted(rows, key=lambda row: (row.group or 9, row.network)):
-            path = place.weights(row)
-            if row.seed == 0 and path is not None:
+            trained = place.weights(row)
+            if row.seed == 0 and trained is not None:
                 home = weights_path(row, target / "weights")
-                content = _shippable(path, place.out)
+                content = _shippable(trained, place.out)
                 reason = _too_large(target, accepted | {home: content}, home)
                 if reason:
                     refused.append(reason)
@@ -363,7 +364,7 @@ def publish(place: Place, target: Path, dataset: str) -> list[str]:
         accepted |= _unfinished(place, folder, dataset)
         for path, content in accepted.items():
             if not path.exists() or path.read_bytes() != content:
-                write_atomically(path, lambda to, content=content: to.write_bytes(content))
+                write_atomically(path, partial(_write, content))
         page = target / ("RUNS.md" if dataset == "cifar10" else f"RUNS-{dataset}.md")
         text = runs_page(target / "results", dataset)
         write_atomically(page, lambda to: to.write_text(text, encoding="utf-8"))
@@ -375,7 +376,7 @@ def runs_page(folder: Path, dataset: str = "cifar10") -> str:
     folder = Path(folder) / dataset
     here = _rows(folder)
     going = cells(folder / "unfinished.csv")
-    under_way = {Row(*(r[k] for k in KEYS[:2]), int(r["seed"]), r["recipe"]): r for r in going.to_dict("records")}
+    under_way = {Row(dataset, r["network"], int(r["seed"]), r["recipe"]): r for r in going.to_dict("records")}
     here += [row for row in under_way if row not in here]
     planned = [row for scale in SCALES for row in matrix(scale, dataset)] if dataset == "cifar10" else []
     planned = [row for row in planned if row.group == 1 or not row.recipe.startswith("brief") or row in here]
@@ -384,10 +385,10 @@ def runs_page(folder: Path, dataset: str = "cifar10") -> str:
     lines: list[tuple[Row, list[int], str]] = []
     for row in rows:
         state = describe(row, folder, under_way.get(row, {}))
-        last = lines[-1] if lines else None
-        same = last is not None and replace(last[0], seed=0) == replace(row, seed=0) and last[0].group == row.group
-        if same and state == last[2] == "pending":
-            last[1].append(row.seed)
+        first, seeds, before = lines[-1] if lines else (row, [], "")
+        same = replace(first, seed=0) == replace(row, seed=0) and first.group == row.group
+        if same and state == before == "pending":
+            seeds.append(row.seed)
         else:
             lines.append((row, [row.seed], state))
     copies = sorted({data for row in rows if (data := made(row, folder, "networks").get("data"))})
@@ -563,6 +564,10 @@ def _rows(folder: Path) -> list[Row]:
 
 def _files(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.csv") if path.stem != "unfinished")
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _made(folder: Path) -> Path:

@@ -10,9 +10,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -139,7 +139,7 @@ def claim(row: Row, place: Place, *, wait: bool = True) -> Iterator[None]:
 
 def epochs(recipe: Recipe, images: int) -> int:
     """Return how many epochs a recipe takes on a number of training images; the last may be cut short."""
-    return recipe.epochs or math.ceil(recipe.iterations / (images // recipe.batch_size))
+    return recipe.epochs or math.ceil((recipe.iterations or 0) / (images // recipe.batch_size))
 
 
 @cache
@@ -255,7 +255,7 @@ def measure_row(
     complete = True
     with claim(row, place):
         for name in what or applicable(row.network, row.dataset):
-            if first(lambda name=name: measured(row, folder, name)):
+            if first(partial(measured, row, folder, name)):
                 commit = made(row, folder, name).get("commit")
                 if not remeasure or commit == results.commit():
                     print(f"{row}: {name} done already")
@@ -300,7 +300,7 @@ def _train(row: Row, data: Dataset, place: Place, limit: Limit | None) -> bool:
         def write() -> None:
             for path, table in files.items():
                 table.insert(0, "epoch", epoch)
-                write_atomically(path, lambda to, table=table: table.to_csv(to, index=False))
+                write_atomically(path, partial(table.to_csv, index=False))
             write_atomically(checkpoint.with_suffix(".progress"), lambda to: to.write_text(note))
             if checkpoint.exists():
                 write_atomically(_previous(checkpoint), lambda to: shutil.copyfile(checkpoint, to))
@@ -358,7 +358,7 @@ def _train(row: Row, data: Dataset, place: Place, limit: Limit | None) -> bool:
         if files[0].exists():
             _store(pd.concat([pd.read_csv(file) for file in files]), row, data, place, what, spent)
     path = weights_path(row, place.out / "weights")
-    errors = {f"{split}_error": score[split]["error"] for split in splits}
+    errors: dict[str, Any] = {f"{split}_error": score[split]["error"] for split in splits}
 
     def finish() -> None:
         weights.save(chain, path, dataset=row.dataset, recipe=row.recipe, seed=row.seed, **errors)
@@ -410,7 +410,7 @@ def _forget(row: Row, folder: Path) -> None:
             with FileLock(folder / ".lock"):
                 all_rows = cells(path)
                 rest = all_rows[(all_rows[KEYS] != pd.Series(row.key).astype(str)).any(axis=1)]
-                write_atomically(path, lambda to, rest=rest: rest.to_csv(to, index=False))
+                write_atomically(path, partial(rest.to_csv, index=False))
 
 
 @cache
