@@ -181,6 +181,7 @@ def _paper(options: argparse.Namespace) -> int:
         if options.jobs > 1 and options.worker is None and not idle:
             code = paper.side_by_side(options.arguments, options.jobs, options.deadline)
         elif data is not None:
+            assert data is not None
             some = None if options.deadline == math.inf else limit
             failed = paper.work(rows, data, place, some, remeasure=options.remeasure)
     finally:

@@ -315,7 +315,7 @@ def _lossy(source: Path) -> str:
     standard = np.array([16, 11, 10, 16, 24, 40, 51, 61])
     for quality in range(100, 0, -1):
         scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-        if (np.clip((standard * scale + 50) // 100, 1, 255) == image.quantization[0][:8]).all():
+        if (np.clip((standard * scale + 50) // 100, 1, 255) == image.quantization[0][:8]).all():  # type: ignore[attr-defined]
             return f" (JPEG-{quality} copy)"
     return " (JPEG copy)"
 

@@ -1,6 +1,6 @@
 """Several processes that train or measure one network together, as ``torchrun`` starts them.
 
-Every process runs the same program. `unravelling.fit` and what measures a `Split` give each process its share of the
+Every process runs the same program. ``fit`` and what measures a ``Split`` give each process its share of the
 images and hand all of them the whole result; without `processes`, or with one process, nothing here does anything.
 """
 

@@ -482,12 +482,13 @@ def operands(node: fx.Node, active: set[fx.Node]) -> Terms | None:
     if kind not in ADD | SUB:
         return None
     args = [*node.args, node.kwargs.get("other", node.kwargs.get("value"))][:2]
-    if not all(isinstance(arg, fx.Node) and arg in active for arg in args):
+    nodes = [arg for arg in args if isinstance(arg, fx.Node) and arg in active]
+    if len(nodes) < 2:
         return None
     alpha = node.kwargs.get("alpha", 1) or 1
     if not isinstance(alpha, (int, float)):
         return None
-    return [(args[0], 1.0), (args[1], -float(alpha) if kind in SUB else float(alpha))]
+    return [(nodes[0], 1.0), (nodes[1], -float(alpha) if kind in SUB else float(alpha))]
 
 
 def residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Sum | str | None:

@@ -18,7 +18,7 @@ from .distributed import sharded
 from .stats import paired_bootstrap, wilson
 
 Batches = Iterable[Any]
-"""Batches of inputs: pairs ``(x, y)`` of inputs and labels, as a ``DataLoader`` gives them, or dicts with ``labels``.
+"""Batches of inputs, pairs ``(x, y)`` of inputs and labels, as a ``DataLoader`` gives them, or dicts with ``labels``.
 
 Inputs are normalised images ``(B, C, H, W)`` with labels ``(B,)``, or tokens ``(B, T)`` with labels ``(B, T)``, of
 which -100 are ignored; whatever the chain takes. A single batch will do.
@@ -115,7 +115,9 @@ def evaluate_variants(
     """
     if isinstance(data, Split) and loss is None:
         return score(*variant_logits(chain, data, variants))
-    wrongs, losses, counts = [], [], []
+    wrongs: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
     tokens = False
     for run, y in _runs(chain, data, variants):
         labels = y.cpu().numpy() if isinstance(y, Tensor) else None
@@ -124,12 +126,13 @@ def evaluate_variants(
             logits = _classes_last(out.float().cpu().numpy(), labels)
             scored = labels is not None and labels.dtype.kind in "iu" and logits.shape[:-1] == labels.shape
             if loss is None or scored:
+                assert labels is not None, "without a loss the labels must be a tensor"
                 wrong[v], values[v] = score(logits, labels)
             else:
                 wrong[v] = np.full(len(out), np.nan)
             if loss is not None:
                 values[v] = np.array([float(loss(out[i : i + 1], _one(y, i))) for i in range(len(out))])
-        kept = np.ones(len(wrong[0])) if not scored else labels != IGNORED
+        kept: np.ndarray = np.ones(len(wrong[0])) if not scored else np.asarray(labels != IGNORED)
         if kept.ndim > 1 or not kept.all():
             tokens = True
             inner = tuple(range(1, kept.ndim))
@@ -139,11 +142,11 @@ def evaluate_variants(
         wrongs.append(np.stack(wrong))
         losses.append(np.stack(values))
         counts.append(kept)
-    wrong, values, count = np.concatenate(wrongs, 1), np.concatenate(losses, 1), np.concatenate(counts)
+    all_wrong, all_losses, count = np.concatenate(wrongs, 1), np.concatenate(losses, 1), np.concatenate(counts)
     if not tokens:
-        return wrong, values
+        return all_wrong, all_losses
     share = len(count) / count.sum()
-    return wrong * share, values * share if loss is None else values
+    return all_wrong * share, all_losses * share if loss is None else all_losses
 
 
 def _one(y: Any, i: int) -> Any:
@@ -230,7 +233,8 @@ def delete_random(
         loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
-        One row a choice: ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of `summarize`.
+        One row a choice, with ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of
+        `summarize`.
 
     Raises:
         ValueError: k is larger than the number of candidates, or negative, or a candidate cannot be deleted.
@@ -273,7 +277,7 @@ def reorder(
         loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
-        One row an order: ``swaps`` (missing for a complete shuffle), ``trial``, ``order`` (numbers, separated by
+        One row an order, with ``swaps`` (missing for a complete shuffle), ``trial``, ``order`` (numbers, separated by
         spaces), Kendall's ``tau`` between the order and the trained one over all units, ``tau_within``, the same over
         pairs of movable units of one stage, then the columns of `summarize`.
 

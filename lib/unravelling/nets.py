@@ -250,6 +250,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: in
         if "narrow" in suffixes:
             options = {"width": 32} | options
         chain = vgg(depth, batch_norm="nobn" not in suffixes, seed=seed, **options)
+        assert chain.config is not None
         chain.config["name"] += "-narrow" if "narrow" in suffixes else ""
         return chain
     if family == "plain":

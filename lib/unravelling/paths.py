@@ -39,7 +39,7 @@ def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
         loss: maps logits and ``y`` to a scalar.
 
     Returns:
-        One row a state: ``state`` (0 to n), ``gradient_norm`` over the whole batch.
+        One row a state, with ``state`` (0 to n), ``gradient_norm`` over the whole batch.
     """
     buffers = {name: buffer.clone() for name, buffer in chain.named_buffers()}
     x, y = _inputs(chain, x, y)
@@ -155,8 +155,8 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
         per_sample: whether every image gets rows of its own, and not the batch as a whole.
 
     Returns:
-        One row a length: ``length``, ``norm`` ‖G_k‖, ``share`` ⟨g, G_k⟩ / ‖g‖² with g = Σ G_k, so that shares sum to 1;
-        with ``per_sample`` also ``sample``.
+        One row a length, with ``length``, ``norm`` ‖G_k‖, ``share`` ⟨g, G_k⟩ / ‖g‖² with g = Σ G_k, so that shares sum
+        to 1; with ``per_sample`` also ``sample``.
     """
     flat = gradients.double().flatten(2) if per_sample else gradients.double().flatten(1)[:, None]
     whole = flat.sum(0)
@@ -229,7 +229,7 @@ def sample_path_gradients(
         loss: maps logits and ``y`` to a scalar.
 
     Returns:
-        One row a path: ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
+        One row a path, with ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
 
     Raises:
         ValueError: there is no path of such a length, the chain is in training mode, or the loss is no scalar.
@@ -272,8 +272,8 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
         loss: maps logits and ``y`` to a scalar.
 
     Returns:
-        One row a length: ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how many
-        there are; ``rms_norm``, the root mean square of ‖g_path‖.
+        One row a length, with ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how
+        many there are; ``rms_norm``, the root mean square of ‖g_path‖.
 
     Raises:
         ValueError: fewer than 2 repeats, the chain is in training mode, or the loss is no scalar.
@@ -408,6 +408,7 @@ def _vjps(unit: Unit, state: Tensor) -> tuple[Callable[[Tensor], Tensor], Callab
     branch = unit.branch(state) if unit.branch is not None else None
     skip = unit.skip(state) if branch is None or unit.residual else None  # a plain unit's is for its deletion
     total = skip if branch is None else branch if skip is None else skip + branch
+    assert total is not None
     total = total.detach().requires_grad_()
     after = unit.post(total)
 

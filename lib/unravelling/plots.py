@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -59,7 +60,7 @@ def family_color(network: str) -> tuple[float, float, float]:
 
 
 def seed_lines(
-    table: pd.DataFrame, x: str, value: str, *, ax: Axes | None = None, scale: float = 1.0, **style: object
+    table: pd.DataFrame, x: str, value: str, *, ax: Axes | None = None, scale: float = 1.0, **style: Any
 ) -> Axes:
     """Draw the mean of ``value`` over seeds against ``x``, with its 95 % Student t band.
 
@@ -207,7 +208,7 @@ def damage(
     """Draw what each single deletion does, as figure 3 of Veit et al. (2016), with intervals.
 
     Args:
-        table: of `unravelling.delete_each`; where it has a column ``seed``, the seeds' mean and range are drawn,
+        table: of `unravelling.lesion.delete_each`; where it has a column ``seed``, the seeds' mean and range are drawn,
             otherwise the interval of the one network. Transition units are drawn as hollow diamonds.
         value: what to draw: ``"error"``, ``"delta_error"`` or ``"delta_loss"``.
         intact: error of the intact network, drawn as a dashed line.
@@ -348,7 +349,7 @@ def _circle() -> dict[str, object]:
 
 
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dead: bool) -> None:
-    style = {"color": "0.75", "ls": ":"} if dead else {"color": "black"}
+    style: dict[str, Any] = {"color": "0.75", "ls": ":"} if dead else {"color": "black"}
     ax.add_patch(
         FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, shrinkA=0, shrinkB=0, lw=1.3, **style)
     )
@@ -356,7 +357,7 @@ def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dead:
 
 def _box(ax: Axes, center: tuple[float, float], text: str, dead: bool, height: float = 0.6) -> None:
     x, y = center
-    style = {"fc": "0.95", "ec": "0.75", "ls": ":"} if dead else {"fc": (*_ORANGE, 0.35), "ec": _ORANGE}
+    style: dict[str, Any] = {"fc": "0.95", "ec": "0.75", "ls": ":"} if dead else {"fc": (*_ORANGE, 0.35), "ec": _ORANGE}
     patch = FancyBboxPatch((x - 0.3, y - height / 2), 0.6, height, boxstyle="round,pad=0.03", lw=1.5, zorder=3, **style)
     if not dead:
         ax.add_patch(
@@ -367,7 +368,7 @@ def _box(ax: Axes, center: tuple[float, float], text: str, dead: bool, height: f
 
 
 def stage_boundaries(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Mark with thin vertical lines where the stages of a table of `unravelling.delete_each` begin."""
+    """Mark with thin vertical lines where the stages of a table of `unravelling.lesion.delete_each` begin."""
     first = table.groupby("stage")["unit"].min().to_numpy()
     for unit in first[1:]:
         ax.axvline(unit - 0.5, color="0.8", lw=1, zorder=0)

@@ -203,7 +203,7 @@ def train_row(row: Row, data: Dataset, place: Place, limit: Limit | None = None)
         limit: a time limit; an epoch that would not fit into it is not begun.
 
     Returns:
-        Whether the network is trained now: False if the limit came first.
+        Whether the network is trained now; False if the limit came first.
 
     Raises:
         ValueError: the checkpoint is corrupt and there is no earlier one, or belongs to another recipe; or the loss is

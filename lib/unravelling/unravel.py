@@ -1,4 +1,4 @@
-"""Turn somebody else's residual network into a `Chain` that shares its parameters.
+"""Turn somebody else's residual network into a `unravelling.chain.Chain` that shares its parameters.
 
     chain = unravel(torchvision.models.resnet50(), images)
     table = delete_each(chain, loader)
@@ -27,6 +27,7 @@ to one of them. A chain holds the model's own layers, so it shares their mode, t
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 import sys
 import warnings
@@ -367,7 +368,7 @@ def unravel(
                 made = [_function(block, part) for part in parts]
                 return [Unit(made[0], *made[1:])]
 
-            blocks = {name: hand_units for name in by_hand}
+            blocks: dict[str, Maker] = {name: hand_units for name in by_hand}
         else:
             blocks = _find_blocks(model, by_hand)
         chain = _build(model, x, expected, blocks, by_hand)
@@ -553,7 +554,7 @@ def _takes_the_state_alone(reading: Reading, key: Key) -> bool:
             foreign = arg not in inside and arg not in reading.active
             if foreign and not reading.constant[arg] and not graphs.name_of(arg).startswith("sym_"):
                 return False
-    return not any(user.target is graphs.operator.getitem for n in inside for user in n.users if user not in inside)
+    return not any(user.target is operator.getitem for n in inside for user in n.users if user not in inside)
 
 
 def _named(units: list[Unit], name: str) -> list[Unit]:
@@ -761,9 +762,8 @@ def _name(reading: Reading, piece: _Piece, pieces: Sequence[_Piece]) -> str:
     owner = piece.owner.partition("@")[0]
     if piece.sum is None or (owner and [p.owner for p in pieces].count(piece.owner) == 1):
         return owner
-    nodes = sorted(
-        {n for node, _ in piece.sum.branch for n in reading.between(piece.start, node)}, key=reading.order.get
-    )
+    members = {n for node, _ in piece.sum.branch for n in reading.between(piece.start, node)}
+    nodes = sorted(members, key=lambda node: reading.order[node])
     names = [[n for _, n in reading.stack(node)] for node in nodes if reading.weights([node])]
     below = [[n for n in stack if n != owner and n.startswith(f"{owner}." if owner else "")] for stack in names]
     first = [stack[0] for stack in below if stack]
@@ -936,9 +936,10 @@ def verify(chain: Chain, origin: Origin, x: Any, tolerance: float | None = None)
         found_gradients = _gradients(chain, model, x)
         for (kind, name), gradient in _gradients(model, model, x).items():
             found = found_gradients[kind, name]
-            if gradient is not None or found is not None:
-                zeros = torch.zeros_like(found if found is not None else gradient)
-                compare(f"gradient at the {kind}", *(zeros if g is None else g for g in (found, gradient)), where=name)
+            given = gradient if found is None else found
+            if given is not None:  # a missing one counts as zeros
+                found, gradient = (torch.zeros_like(given) if g is None else g for g in (found, gradient))
+                compare(f"gradient at the {kind}", found, gradient, where=name)
         for i, ends in enumerate(origin.branches):
             if not ends or any(len(outputs[name]) <= call for name, call in ends):
                 continue
