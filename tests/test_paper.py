@@ -627,6 +627,21 @@ def test_published_rows_count_as_done_elsewhere(finished, tmp_path, monkeypatch,
     assert same_tensors(shipped(tmp_path / "out"), shipped(finished))
 
 
+def test_published_weights_in_half_precision_are_gone_on_with_and_said_to_be(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out/results/digits/intact.csv").unlink()
+    monkeypatch.setattr(paper, "HALF_LIMIT", 0)
+    assert publish(tmp_path / "out", tmp_path / "data") == []
+    published = shipped(tmp_path / "data").read_bytes()
+    monkeypatch.setattr(runs, "fit", lambda *a, **k: pytest.fail("trained again"))
+    assert command(tmp_path / "elsewhere", "--publish", str(tmp_path / "data")) == 0
+    record = json.loads((tmp_path / "data/results/digits/provenance.json").read_text())
+    noted = {name: [run.get("weights") for run in found] for name, found in record.items()}
+    assert noted["intact.csv"] == ["stored in half precision"]
+    assert noted["delete_each.csv"] == noted["networks.csv"] == [None]
+    assert shipped(tmp_path / "data").read_bytes() == published
+
+
 def test_a_training_under_way_shows_on_the_page_until_it_is_done(finished, tmp_path):
     out, data = tmp_path / "out", tmp_path / "data"
     some_epochs(out, 2)

@@ -315,7 +315,7 @@ def adopt(place: Place, source: Path, dataset: str) -> None:
         write_atomically(path, partial(_write, text.encode()))
     for row in rows:
         path, home = weights_path(row, source / "weights"), weights_path(row, place.out / "weights")
-        if path.exists() and (header := weights.header(path)).get("recipe") == row.recipe and not header.get("half"):
+        if path.exists() and weights.header(path).get("recipe") == row.recipe:
             write_atomically(home, partial(shutil.copyfile, path))
 
 

@@ -75,13 +75,13 @@ def store(table: pd.DataFrame, path: str | Path, command: str, seconds: float, d
 
     Args:
         table: rows of one dataset, network, seed and recipe, which are its first columns. What ``table.attrs`` says of
-            the ``images`` goes into the record.
+            the ``images`` and the ``weights`` goes into the record.
         path: the CSV file; ``provenance.json`` is kept beside it.
         command: that measured the rows.
         seconds: the measurement took.
         data: which copy of the images was used, `unravelling.data.Dataset.label`.
     """
-    about = {"data": data, "images": table.attrs.get("images")}
+    about = {"data": data} | {name: table.attrs.get(name) for name in ("images", "weights")}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     key = tuple(table[KEYS].iloc[0])
