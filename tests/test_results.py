@@ -155,6 +155,8 @@ def test_the_record_names_the_copy_and_the_images_and_the_label_repeats_them(tmp
     assert "images" not in second
     assert "data" not in second
     assert label("digits", folder=tmp_path) == "digits, written in haste, recipe digits, 2 seeds"
+    store(rows("plain8"), path, "x", 1)
+    assert label("digits", folder=tmp_path) == "digits, written in haste, recipe digits, 1 to 2 seeds"
     store(rows(seed=7, recipe="paper"), path, "x", 1)
     assert label("digits", "paper", tmp_path) == "digits, written in haste, recipe paper, seed 7"
     assert label("digits", "short", tmp_path) == "digits, written in haste, recipe short, no network yet"

@@ -20,7 +20,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
 from .results import label as results_label
-from .results import stored
+from .results import seeds, stored
 from .stats import seed_band
 
 PAPER = "`make paper` (`python -m unravelling paper --recipe brief --data FOLDER`)"
@@ -131,13 +131,8 @@ def describe(dataset: str, table: pd.DataFrame) -> str:
     """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
     if table.empty:
         return {"cifar10": "CIFAR-10"}.get(dataset, dataset)
-    counts = table.groupby(["network", "recipe"])["seed"].nunique()
-    low, high = counts.min(), counts.max()
-    seeds = f"{high} seeds" if low == high else f"{low} to {high} seeds"
-    if table["seed"].nunique() == 1:
-        seeds = f"seed {table['seed'].iloc[0]}"
     recipes = sorted(table["recipe"].unique())
-    return f"{results_label(dataset, recipes[0]).split(', ')[0]}, recipe {' and '.join(recipes)}, {seeds}"
+    return f"{results_label(dataset, recipes[0]).split(', ')[0]}, recipe {' and '.join(recipes)}, {seeds(table)}"
 
 
 def side_by_side(

@@ -59,13 +59,25 @@ def label(dataset: str, recipe: str = "default", folder: str | Path | None = Non
         FileNotFoundError: nothing is stored for this dataset.
     """
     recipe = DEFAULT_RECIPES[dataset] if recipe == "default" else recipe
-    seeds = sorted({int(seed) for seed in stored(f"{dataset}/networks", folder, recipe=recipe)["seed"]})
+    networks = stored(f"{dataset}/networks", folder, recipe=recipe)
     root = data_folder() / "results" if folder is None else Path(folder)
     record = json.loads((root / dataset / "provenance.json").read_text())
     copies = {run["data"] for runs in record.values() for run in runs if "data" in run}
     name = " and ".join(sorted(copies)) or dataset
-    some = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    return f"{name}, recipe {recipe}, {some if seeds else 'no network yet'}"
+    return f"{name}, recipe {recipe}, {seeds(networks) if len(networks) else 'no network yet'}"
+
+
+def seeds(table: pd.DataFrame) -> str:
+    """Return how many training runs stand behind the rows of each network, such as ``"seed 0"`` or ``"1 to 3 seeds"``.
+
+    Args:
+        table: of one dataset, with the columns ``network``, ``recipe`` and ``seed``, not empty.
+    """
+    if table["seed"].nunique() == 1:
+        return f"seed {int(table['seed'].iloc[0])}"
+    counts = table.groupby(["network", "recipe"])["seed"].nunique()
+    low, high = counts.min(), counts.max()
+    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
 
 
 def store(table: pd.DataFrame, path: str | Path, command: str, seconds: float, data: str | None = None) -> None:
