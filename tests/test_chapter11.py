@@ -45,14 +45,16 @@ def test_no_download_is_tried_unasked(chapter, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_online_cell_deletes_each_unit_on_the_photographs(chapter, monkeypatch, capsys):
+def test_online_cell_takes_both_networks_apart_on_the_photographs(chapter, monkeypatch, capsys):
     asked = untrained(monkeypatch)
-    exec(cell("def pretrained_or_none"), chapter | {"ONLINE": True})
+    exec(cell("def pretrained_or_none"), chapter | {"ONLINE": True, "TRIALS": 2})
     assert [name for name, _ in asked] == ["resnet50", "vit_b_16"]
     assert all(weights.meta["categories"] for _, weights in asked)
     printed = capsys.readouterr().out
     assert "resnet50" in printed
     assert printed.count("layer") == 10, "the five worst units of either network"
+    assert printed.count("complete shuffles: mean error") == 2
+    assert printed.count("of 8 units") == 2
 
 
 def test_lost_connection_is_reported_and_skipped(chapter, monkeypatch, capsys):
@@ -60,7 +62,7 @@ def test_lost_connection_is_reported_and_skipped(chapter, monkeypatch, capsys):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision.models, "get_model", fails)
-    exec(cell("def pretrained_or_none"), chapter | {"ONLINE": True})
+    exec(cell("def pretrained_or_none"), chapter | {"ONLINE": True, "TRIALS": 2})
     assert "resnet50: no weights (no route to host)" in capsys.readouterr().out
 
 
