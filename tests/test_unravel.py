@@ -191,6 +191,31 @@ def test_without_an_example():
 # ---------------------------------------------------------------- the model
 
 
+def test_sizes_that_tracing_took_for_constants_are_refused_at_others():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.layers = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x):
+            y = self.stem(x)
+            for layer in self.layers:
+                y = y + layer(y).relu()
+            return self.head(F.avg_pool2d(y, int(y.shape[-1])).flatten(1))  # the pixels, as a number in the graph
+
+    model = Pooled().eval()
+    chain = unravel(model, torch.randn(1, 3, 8, 8))
+    assert chain.traced_by == "torch.export"
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        assert torch.equal(chain(x), model(x))
+    message = r"^x has size \(2, 3, 12, 12\), and torch.export traced this chain for \(any, 3, 8, 8\): unravel the model"
+    with pytest.raises(ValueError, match=message):
+        chain(torch.randn(2, 3, 12, 12))
+
+
 def test_training_mode_is_warned_of_and_kept():
     model = seeded(Net)
     model.layers[1].train()

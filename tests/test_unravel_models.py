@@ -664,7 +664,11 @@ def test_other_sizes_of_images(name):
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     if name == "cifar-resnet":
         x = x[:, :, :48, :48]
-    agree(run(chain, x), run(model, x), 0)
+    if chain.traced_by == "torch.export":  # the symbolic tracer of older versions of PyTorch cannot pool
+        with pytest.raises(ValueError, match=r"traced this chain for \(any, 3, 32, 32\): unravel the model"):
+            chain(x)
+    else:
+        agree(run(chain, x), run(model, x), 0)
 
 
 @pytest.mark.parametrize("name", ["transformers gpt2", "transformers llama"])

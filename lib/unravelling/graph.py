@@ -138,6 +138,7 @@ class Traced:
     inputs: dict[fx.Node, str]  # placeholders, and the arguments they stand for
     output: fx.Node
     by: str
+    sizes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)  # what tracing took for constants
     replaced: dict[str, nn.Module] = field(default_factory=dict)
 
     def get(self, target: str) -> Any:
@@ -192,7 +193,7 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
     args, kwargs = tree_map(_two, arguments(x))
     free = torch.export.Dim.AUTO
 
-    def sizes(t: Any) -> Any:
+    def free_sizes(t: Any) -> Any:
         if not isinstance(t, Tensor):
             return None
         dims = range(t.dim()) if not t.is_floating_point() or t.dim() == 3 else range(min(t.dim(), 1))
@@ -201,7 +202,7 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
     with _quiet("torch.fx.experimental.symbolic_shapes", "torch.export"):  # a failure is told by its exception
         try:
             names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-            shapes = {name: sizes(t) for name, t in zip(names, [*args, *kwargs.values()], strict=True)}
+            shapes = {name: free_sizes(t) for name, t in zip(names, [*args, *kwargs.values()], strict=True)}
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception:
             program = torch.export.export(model, args, kwargs, strict=False)
@@ -217,7 +218,13 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
     inputs = dict(zip(placeholders, names, strict=True))
     _drop_casts(module.graph)
     results = tree_leaves(next(node for node in nodes if node.op == "output").args)
-    return Traced(module.graph, lambda t: operator.attrgetter(t)(module), inputs, results[position], "torch.export")
+    sizes = {}
+    for node, name in inputs.items():
+        constant = tuple(s if isinstance(s, int) else None for s in getattr(node.meta.get("val"), "shape", ()))
+        if any(constant):
+            sizes[name] = constant
+    lookup = operator.attrgetter
+    return Traced(module.graph, lambda t: lookup(t)(module), inputs, results[position], "torch.export", sizes)
 
 
 @contextmanager
@@ -607,6 +614,7 @@ class Stem(nn.Module):
         used: those that the graph takes.
         context: where the values go.
         names: of the values.
+        sizes: of inputs, as far as the graph takes them for constants: it would compute something else at others.
         shift_labels: whether the labels in a dict are the tokens themselves, to be compared with the logits before
         them.
     """
@@ -618,10 +626,11 @@ class Stem(nn.Module):
         used: Sequence[str],
         context: Context,
         names: Sequence[str],
+        sizes: Mapping[str, tuple[int | None, ...]],
         shift_labels: bool,
     ) -> None:
         super().__init__()
-        self.graph, self.context = graph, context
+        self.graph, self.context, self.sizes = graph, context, dict(sizes)
         self.inputs, self.used, self.names = tuple(inputs), tuple(used), tuple(names)
         self.shift_labels = shift_labels
 
@@ -635,6 +644,14 @@ class Stem(nn.Module):
                 f"this chain was made from an input with {', '.join(self.inputs)}, and this one differs in "
                 f"{', '.join(wrong) or 'their number'}: unravel the model with an example of such inputs"
             )
+        for name, sizes in self.sizes.items():
+            found = tuple(given[name].shape)
+            if len(found) != len(sizes) or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
+                traced = ", ".join("any" if size is None else str(size) for size in sizes)
+                raise ValueError(
+                    f"{name} has size {found}, and torch.export traced this chain for ({traced}): unravel the model "
+                    "with an example of the new size"
+                )
         result = self.graph(*(given[name] for name in self.used))
         y, *values = result if isinstance(result, tuple) else (result,)
         self.context.values = dict(zip(self.names, values, strict=True))
@@ -677,7 +694,7 @@ class Builder:
     def stem(self, state: fx.Node, wrap: bool, shift_labels: bool) -> nn.Module:
         """Return the module that computes y_0, and all that the parts made so far carry in the context."""
         names = list(self.traced.inputs.values())
-        if not self.carried and not wrap:
+        if not self.carried and not wrap and not self.traced.sizes:
             return self.part([(state, 1.0)], self.reading.source) or nn.Identity()
         order, _ = self._slice([state, *self.carried], None)
         graph = fx.Graph()
@@ -688,7 +705,7 @@ class Builder:
         graph.output((copies[state], *carried) if carried else copies[state])
         values = [node.name for node in self.carried]
         used_names = [self.traced.inputs[node] for node in used]
-        return Stem(self._module(graph), names, used_names, self.context, values, shift_labels)
+        return Stem(self._module(graph), names, used_names, self.context, values, self.traced.sizes, shift_labels)
 
     def _slice(self, ends: Iterable[fx.Node], start: fx.Node | None) -> tuple[list[fx.Node], list[fx.Node]]:
         """Return the nodes to compute ``ends`` from ``start``, in order, and those that have to come from outside."""
