@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -605,6 +606,13 @@ def test_a_file_that_would_be_too_large_is_refused(finished, tmp_path, monkeypat
     written = {path.name for path in (tmp_path / "less/results/digits").glob("*.csv")}
     assert "intact.csv" not in written
     assert set(record) == written, "the record speaks of what is there"
+
+
+def test_networks_trained_with_branches_left_out_are_published_without_their_weights(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", replace(TINY, active=2))
+    assert publish(finished, tmp_path) == []
+    assert not shipped(tmp_path).exists()
+    assert "| – | resnet8 | 0 | tiny | complete |" in (tmp_path / "RUNS-digits.md").read_text()
 
 
 def test_a_folder_that_would_be_too_large_is_refused(finished, tmp_path, monkeypatch):

@@ -323,7 +323,8 @@ def publish(place: Place, target: Path, dataset: str) -> list[str]:
     """Copy what is finished into ``target`` and write its page of runs.
 
     A row takes the place of a stored one only if its scores are finite and nothing that is stored would be lost: the
-    same network, or all the measurements of the stored one. Weights of seed 0 go along.
+    same network, or all the measurements of the stored one. Weights of seed 0 go along, but for recipes that leave
+    branches out: no chapter loads those, and the room is scarce.
 
     Args:
         place: where the rows were worked on.
@@ -352,8 +353,9 @@ def publish(place: Place, target: Path, dataset: str) -> list[str]:
         if lost - {"provenance.json"}:  # the record must not speak of rows that are not there
             accepted |= {p: t.encode() for p, t in _merged(source, folder, rows, lost).items() if p.suffix == ".json"}
         for row in sorted(rows, key=lambda row: (row.group or 9, row.network)):
-            trained = place.weights(row)
-            if row.seed == 0 and trained is not None:
+            trained, recipe = place.weights(row), RECIPES.get(row.recipe)
+            thinned = recipe is not None and (recipe.active, recipe.survival) != (None, None)
+            if row.seed == 0 and trained is not None and not thinned:
                 home = weights_path(row, target / "weights")
                 content = _shippable(trained, place.out)
                 reason = _too_large(target, accepted | {home: content}, home)
