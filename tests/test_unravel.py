@@ -216,6 +216,19 @@ def test_sizes_that_tracing_took_for_constants_are_refused_at_others():
         chain(torch.randn(2, 3, 12, 12))
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_whose_size_is_a_constant_of_the_graph(size):
+    class Constant(Net):
+        def forward(self, x):
+            return super().forward(x).reshape(int(x.shape[0]), -1)
+
+    model, x = Constant().eval(), torch.randn(size, 4)
+    chain = unravel(model, x)
+    assert torch.equal(chain(x), model(x))
+    with pytest.raises(ValueError, match=rf"^x has size \(3, 4\), and torch.export traced .* for \({size}, 4\)"):
+        chain(torch.randn(3, 4))
+
+
 def test_training_mode_is_warned_of_and_kept():
     model = seeded(Net)
     model.layers[1].train()

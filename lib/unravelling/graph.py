@@ -189,8 +189,16 @@ def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) ->
 
 
 def trace_by_export(model: nn.Module, x: Any) -> Traced:
-    """Trace a model with torch.export, at sizes of the batch (and of token sequences) that stay free."""
-    args, kwargs = tree_map(_two, arguments(x))
+    """Trace a model with torch.export, at sizes of the batch (and of token sequences) that stay free if they can."""
+    traced = _export(model, *tree_map(_two, arguments(x)))
+    if any(sizes[0] is not None for sizes in traced.sizes.values()):  # then it must not be twice that of the example
+        traced = _export(model, *arguments(x))
+    return traced
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int  # sympy with it: as slow to import as torch
+
     free = torch.export.Dim.AUTO
 
     def free_sizes(t: Any) -> Any:
@@ -199,7 +207,8 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
         dims = range(t.dim()) if not t.is_floating_point() or t.dim() == 3 else range(min(t.dim(), 1))
         return dict.fromkeys(dims, free)
 
-    with _quiet("torch.fx.experimental.symbolic_shapes", "torch.export"):  # a failure is told by its exception
+    loggers = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export.non_strict_utils")
+    with _quiet(*loggers):  # a failure is told by its exception
         try:
             names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
             shapes = {name: free_sizes(t) for name, t in zip(names, [*args, *kwargs.values()], strict=True)}
@@ -220,9 +229,9 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
     results = tree_leaves(next(node for node in nodes if node.op == "output").args)
     sizes = {}
     for node, name in inputs.items():
-        constant = tuple(s if isinstance(s, int) else None for s in getattr(node.meta.get("val"), "shape", ()))
-        if any(constant):
-            sizes[name] = constant
+        shape = getattr(node.meta.get("val"), "shape", ())
+        if any(map(is_concrete_int, shape)):
+            sizes[name] = tuple(int(size) if is_concrete_int(size) else None for size in shape)
     lookup = operator.attrgetter
     return Traced(module.graph, lambda t: lookup(t)(module), inputs, results[position], "torch.export", sizes)
 
