@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from unravelling.stats import paired_bootstrap, seed_band, wilson
+from unravelling.stats import error_difference, paired_bootstrap, seed_band, wilson
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.5, 0.95]))
@@ -46,6 +46,19 @@ def test_wilson_keeps_the_shape():
 def test_wilson_of_impossible_counts(count, n):
     with pytest.raises(ValueError, match=f"^counts must lie between 0 and {n} images$"):
         wilson(count, n)
+
+
+def test_difference_of_errors_by_hand():
+    low, high = error_difference(0.25, 0.5, 700)  # √(0.1875 / 700 + 0.25 / 700) = 0.025
+    assert (low, high) == pytest.approx((0.25 - 1.959964 * 0.025, 0.25 + 1.959964 * 0.025), abs=1e-7)
+    assert error_difference(0.5, 0.25, 700) == pytest.approx((-high, -low))
+
+
+def test_difference_of_errors_covers_the_true_one():
+    draw = np.random.default_rng(0)
+    pairs = draw.binomial(1000, [[0.3], [0.2]], (2, 2000)).T / 1000
+    ends = np.array([error_difference(p, q, 1000, level=0.9) for p, q in pairs])
+    assert ((ends[:, 0] < -0.1) & (ends[:, 1] > -0.1)).mean() == pytest.approx(0.9, abs=0.02)
 
 
 def test_bootstrap_against_scipy():
