@@ -38,6 +38,7 @@ class Recipe:
         milestones: fractions of the run at which ``"steps"`` drops the rate.
         warmup: iterations at a tenth of ``lr`` before ``"steps"`` begins (He et al., 2015, for 110 layers).
         momentum: of SGD.
+        nesterov: whether the momentum looks one step ahead (Nesterov), as in the recipe that Wilber published in 2016.
         weight_decay: L2 penalty on all parameters.
         crop: pixels of random shift each way.
         flip: whether images are mirrored at random.
@@ -58,6 +59,7 @@ class Recipe:
     milestones: tuple[float, ...] = field(default=())
     warmup: int = 0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 1e-4
     crop: int = 0
     flip: bool = False
@@ -169,7 +171,11 @@ def fit(
     iterations = recipe.iterations or (recipe.epochs or 0) * steps
     epochs = math.ceil(iterations / steps)
     optimizer = torch.optim.SGD(
-        chain.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        chain.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
     )
     generator = torch.Generator().manual_seed(seed)
     identity = {"recipe": asdict(recipe), "seed": seed, "network": describe(chain), "data": fingerprint(data.train)}
