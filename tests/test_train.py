@@ -1,5 +1,7 @@
 """Training: hand computations, exact resume, and faults that must cost no more than the epoch they hit."""
 
+import dataclasses
+import json
 import math
 import os
 import pickle
@@ -9,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import mix_modes, small, snapshot
+from helpers import images, mix_modes, small, snapshot
 from torch import nn
 from unravelling import RECIPES, Chain, Dataset, Recipe, digits, evaluate, fit, resnet
 from unravelling import train as train_module
+from unravelling.train import as_tested, thinned
 
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True)
 
@@ -222,6 +225,50 @@ def test_a_batch_larger_than_the_training_split(data):
             run(data, Recipe("x", batch_size=101, **length))
 
 
+# ---------------------------------------------------------------- branches left out, scaled then or later
+
+
+@pytest.mark.parametrize("options", [{"active": 2}, {"survival": 0.3}])
+def test_branches_that_are_not_rescaled_in_training_are_at_test_time(options):
+    chain, (x, _) = small("pre"), images()
+    recipe = Recipe("x", epochs=1, rescale=False, **options)
+    with torch.no_grad():
+        part, tested = thinned(chain, recipe, torch.Generator().manual_seed(5)), as_tested(chain, recipe)
+        states = zip(chain.trace(x)[:-1], chain.units, part.units, tested.units, strict=True)
+        for i, (y, unit, thin, test) in enumerate(states):
+            f = unit(y) - unit.skip(y)
+            p = 2 / 6 if "active" in options else 1 - (i + 1) / 6 * 0.7
+            expected = 0 * f if thin.is_deleted else f
+            assert torch.allclose(thin(y) - unit.skip(y), expected, atol=1e-5)
+            assert torch.allclose(test(y) - unit.skip(y), p * f, atol=1e-5)
+    assert 0 < sum(unit.is_deleted for unit in part.units) < 6
+    assert {p.data_ptr() for p in tested.parameters()} == {p.data_ptr() for p in chain.parameters()}
+    for other in (dataclasses.replace(recipe, rescale=True), TINY):
+        assert as_tested(chain, other) is chain
+
+
+def test_the_history_shows_the_network_as_it_is_tested(data):
+    recipe = Recipe("x", epochs=1, batch_size=32, active=2, rescale=False)
+    chain, history = run(data, recipe)
+    assert history["validation_loss"].iloc[-1] == evaluate(as_tested(chain, recipe), data.validation)["loss"]
+    assert history["validation_loss"].iloc[-1] != evaluate(chain, data.validation)["loss"]
+
+
+@pytest.mark.parametrize("name", ["digits", "brief", "short", "paper"])
+def test_variants_differ_from_their_recipe_in_what_they_leave_out(name):
+    fields = {"active": None, "survival": None, "rescale": True}
+    for variant, changes in {
+        "short-paths": {"active": 23},
+        "short-paths-unscaled": {"active": 23, "rescale": False},
+        "stochastic-depth": {"survival": 0.5},
+    }.items():
+        recipe = RECIPES[f"{name}-{variant}"]
+        assert recipe.name == f"{name}-{variant}"
+        assert {key: getattr(recipe, key) for key in fields} == fields | changes
+        assert dataclasses.replace(recipe, name=name, **fields) == RECIPES[name]
+        assert recipe.nesterov == (name == "short")
+
+
 # ---------------------------------------------------------------- resume
 
 
@@ -287,11 +334,19 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(data, checkpoint, what, 
         data = Dataset("digits", whole.train.take(change["take"]), data.validation, data.test, data.classes)
     before, content = snapshot(chain), checkpoint.read_bytes()
     with pytest.raises(ValueError, match=rf"^checkpoint .*a\.pt belongs to another {what} \(.*delete it to train"):
-        fit(
-            chain, data, change.get("recipe", TINY), seed=change.get("seed", 0), checkpoint=checkpoint, progress=False
-        )
+        fit(chain, data, change.get("recipe", TINY), seed=change.get("seed", 0), checkpoint=checkpoint, progress=False)
     assert snapshot(chain) == before
     assert checkpoint.read_bytes() == content
+
+
+def test_a_checkpoint_from_before_a_field_of_the_recipe_goes_on(data, checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["recipe"]["rescale"], identity["recipe"]["nesterov"]
+    torch.save(state | {"identity": json.dumps(identity)}, checkpoint)
+    assert finished_as_if_nothing_happened(data, checkpoint)
+    with pytest.raises(ValueError, match="belongs to another recipe"):
+        run(data, dataclasses.replace(TINY, nesterov=True), checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])

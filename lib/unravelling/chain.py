@@ -29,12 +29,27 @@ class NoSkip(nn.Module):
         super().__init__()
         self.name = name
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Raise ValueError."""
-        raise ValueError(
+    def error(self) -> ValueError:
+        """Return the error that says why the unit cannot be deleted."""
+        return ValueError(
             f"the unit {self.name or 'without a name'} has no skip and changes the shape of its state: nothing is left "
             "in its place when it is deleted. Leave it in, or give it a skip"
         )
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Raise ValueError."""
+        raise self.error()
+
+
+def _changes_shape(skip: nn.Module) -> bool:
+    """Return whether a skip says by its kind or its sizes that it changes the shape of its input."""
+    for part in skip.modules():
+        size = vars(part).get
+        if isinstance(part, NoSkip) or size("extra_channels") or size("stride", 1) not in (1, (1,), (1, 1), (1, 1, 1)):
+            return True
+        if size("in_channels") != size("out_channels") or size("in_features") != size("out_features"):
+            return True
+    return False
 
 
 class Unit(nn.Module):
@@ -50,6 +65,8 @@ class Unit(nn.Module):
         residual: whether the skip takes part in the sum. A plain unit keeps its ``skip`` for its deletion only.
         name: shown in tables, such as ``"stage2.block5"``.
         stage: number of the stage the unit belongs to, from 1.
+        transition: whether the unit changes the shape of its state; when None, whether its skip does by its kind or
+            sizes, such as `NoSkip` or a convolution with a stride.
     """
 
     def __init__(
@@ -61,6 +78,7 @@ class Unit(nn.Module):
         residual: bool = True,
         name: str = "",
         stage: int = 1,
+        transition: bool | None = None,
     ) -> None:
         super().__init__()
         self.branch = branch
@@ -69,11 +87,12 @@ class Unit(nn.Module):
         self.residual = residual
         self.name = name
         self.stage = stage
+        self.is_transition = _changes_shape(self.skip) if transition is None else transition
 
     @property
-    def is_transition(self) -> bool:
-        """Whether the unit changes the shape of its input, so that its skip is not the identity."""
-        return not isinstance(self.skip, nn.Identity)
+    def has_identity_skip(self) -> bool:
+        """Whether the skip hands on its input as it is."""
+        return isinstance(self.skip, nn.Identity)
 
     @property
     def is_deleted(self) -> bool:
@@ -92,18 +111,21 @@ class Unit(nn.Module):
             ValueError: the unit has no skip and changes the shape of its state.
         """
         if isinstance(self.skip, NoSkip):
-            self.skip(torch.empty(0))
-        unit = Unit(None, self.skip, self.post, name=self.name, stage=self.stage)
-        unit.training = self.training  # .train() would also set the mode of the shared modules
-        return unit
+            raise self.skip.error()
+        return self._with(None)
 
     def scaled(self, factor: float) -> Unit:
         """Return a unit that shares this one's parts and multiplies the branch by ``factor``."""
         if self.branch is None:
             return self
         branch = nn.Sequential(self.branch, Scale(factor))
-        unit = Unit(branch, self.skip, self.post, residual=self.residual, name=self.name, stage=self.stage)
-        unit.training = branch.training = self.training
+        branch.training = self.training  # .train() would also set the mode of the shared modules
+        return self._with(branch)
+
+    def _with(self, branch: nn.Module | None) -> Unit:
+        options = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
+        unit = Unit(branch, self.skip, self.post, residual=self.residual or branch is None, **options)
+        unit.training = self.training
         return unit
 
     def forward(self, y: Tensor) -> Tensor:

@@ -43,10 +43,12 @@ class Recipe:
         crop: pixels of random shift each way.
         flip: whether images are mirrored at random.
         survival: probability with which the last unit's branch takes part in a step, falling to it linearly from 1
-            (stochastic depth, Huang et al., 2016); all branches always do when None. A surviving branch is divided
-            by its probability in training, so that nothing is rescaled at test time; Huang et al. multiply then.
+            (stochastic depth, Huang et al., 2016); all branches always do when None.
         active: exactly how many branches take part in each step, chosen at random (Veit et al., 2016, section 5,
-            train on 23 of 54), each multiplied by units / active. Transition units count as the others.
+            train on 23 of 54). Transition units count as the others.
+        rescale: whether a branch that takes part in a step is divided by its probability to do so, by
+            active / units, say. If not, branches must be multiplied by it at test time, as Huang et al. do:
+            `as_tested` does that.
         precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 autocast where the device computes in it.
     """
 
@@ -65,6 +67,7 @@ class Recipe:
     flip: bool = False
     survival: float | None = None
     active: int | None = None
+    rescale: bool = True
     precision: str = "float32"
 
     def __post_init__(self) -> None:
@@ -93,27 +96,26 @@ class Recipe:
 
 RECIPES = {
     "digits": Recipe("digits", epochs=20, batch_size=64, lr=0.1, crop=1),
-    "digits-short-paths": Recipe("digits-short-paths", epochs=20, batch_size=64, lr=0.1, crop=1, active=23),
-    "digits-short-paths-long": Recipe("digits-short-paths-long", epochs=60, batch_size=64, lr=0.1, crop=1, active=23),
-    "digits-stochastic-depth": Recipe(
-        "digits-stochastic-depth", epochs=20, batch_size=64, lr=0.1, crop=1, survival=0.5
-    ),
     "brief": Recipe("brief", epochs=4, batch_size=64, lr=0.1, weight_decay=5e-4, crop=4, flip=True),
-    "short": Recipe("short", epochs=20, lr=0.2, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
+    "short": Recipe("short", epochs=20, lr=0.2, nesterov=True, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
     "paper": Recipe(
         "paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True
     ),
 }
 """Recipes by name.
 
-``digits``: half a minute a network, and variants that leave branches out. ``brief``: CIFAR-10 in 4 epochs,
-three quarters of an hour for ResNet-110 on one CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al.
-(2015)."""
-RECIPES |= {
-    f"{name}-{variant}": replace(RECIPES[name], name=f"{name}-{variant}", active=active, survival=survival)
-    for name in ("brief", "short", "paper")
-    for variant, active, survival in (("short-paths", 23, None), ("stochastic-depth", None, 0.5))
-}
+``digits``: half a minute a network. ``brief``: CIFAR-10 in 4 epochs, three quarters of an hour for ResNet-110 on one
+CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out:
+``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
+``-stochastic-depth``; ``digits-short-paths-long`` trains three times as long."""
+for _name in list(RECIPES):
+    for _variant, _options in {
+        "short-paths": {"active": 23},
+        "short-paths-unscaled": {"active": 23, "rescale": False},
+        "stochastic-depth": {"survival": 0.5},
+    }.items():
+        RECIPES[f"{_name}-{_variant}"] = replace(RECIPES[_name], name=f"{_name}-{_variant}", **_options)
+RECIPES["digits-short-paths-long"] = replace(RECIPES["digits-short-paths"], name="digits-short-paths-long", epochs=60)
 
 
 def fit(
@@ -224,7 +226,7 @@ def fit(
                 wrong += (logits.argmax(1) != y).sum()
                 bar.update()
             loss_sum, wrong = total(loss_sum), total(wrong)
-            validation = evaluate(chain, data.validation)
+            validation = evaluate(as_tested(chain, recipe), data.validation)
             history.append(
                 {
                     "epoch": epoch + 1,
@@ -273,23 +275,52 @@ def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
     Raises:
         ValueError: more active units than there are, or a plain unit, which has no skip to be left with.
     """
-    n = len(chain)
-    if recipe.survival is None and recipe.active is None:
+    probability = _probabilities(chain, recipe)
+    if probability is None:
         return chain
-    if not all(unit.residual for unit in chain.units):
-        raise ValueError(f"recipe {recipe.name!r} leaves branches out, but this network has units without a skip")
+    n = len(chain)
     if recipe.active is not None:
-        if not 1 <= recipe.active <= n:
-            raise ValueError(f"recipe {recipe.name!r} needs {recipe.active} active units: this chain has {n}")
         keep = torch.zeros(n, dtype=torch.bool)
         keep[torch.randperm(n, generator=generator)[: recipe.active]] = True
-        probability = torch.full((n,), recipe.active / n, dtype=torch.float64)
     else:
-        assert recipe.survival is not None
-        probability = 1 - torch.arange(1, n + 1, dtype=torch.float64) / n * (1 - recipe.survival)
         keep = torch.rand(n, generator=generator) < probability
-    kept = zip(chain.units, keep.tolist(), probability.tolist(), strict=True)
-    return chain.with_units(unit.scaled(1 / p) if k else unit.deleted() for unit, k, p in kept)
+    factor = 1 / probability if recipe.rescale else torch.ones(n)
+    kept = zip(chain.units, keep.tolist(), factor.tolist(), strict=True)
+    return chain.with_units((unit.scaled(f) if f != 1 else unit) if k else unit.deleted() for unit, k, f in kept)
+
+
+def as_tested(chain: Chain, recipe: Recipe) -> Chain:
+    """Return a chain as it is to be tested after training with a recipe: its branches as large as they were on average.
+
+    That is the chain itself, unless the recipe left branches out without ``rescale``: then every branch is multiplied
+    by the probability with which it took part in a step (Huang et al., 2016, equation 5).
+
+    Args:
+        chain: the trained network; the result shares its parameters.
+        recipe: how it was trained.
+
+    Raises:
+        ValueError: as `thinned`.
+    """
+    probability = _probabilities(chain, recipe)
+    if probability is None or recipe.rescale:
+        return chain
+    return chain.with_units(unit.scaled(p) for unit, p in zip(chain.units, probability.tolist(), strict=True))
+
+
+def _probabilities(chain: Chain, recipe: Recipe) -> Tensor | None:
+    """Return with which probability each branch takes part in a step, ``(n,)``; None where all of them always do."""
+    n = len(chain)
+    if recipe.survival is None and recipe.active is None:
+        return None
+    if not all(unit.residual for unit in chain.units):
+        raise ValueError(f"recipe {recipe.name!r} leaves branches out, but this network has units without a skip")
+    if recipe.survival is not None:
+        return 1 - torch.arange(1, n + 1, dtype=torch.float64) / n * (1 - recipe.survival)
+    assert recipe.active is not None
+    if not 1 <= recipe.active <= n:
+        raise ValueError(f"recipe {recipe.name!r} needs {recipe.active} active units: this chain has {n}")
+    return torch.full((n,), recipe.active / n, dtype=torch.float64)
 
 
 def evaluate(chain: nn.Module, data: Split | Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -331,6 +362,7 @@ def _read(path: Path, identity: dict) -> dict | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         stored = json.loads(state["identity"])
+        stored["recipe"] = json.loads(json.dumps(asdict(Recipe(**stored["recipe"]))))  # with fields that came later
     except Exception as error:  # torch raises many kinds for a truncated or foreign file
         raise ValueError(f"checkpoint {path} cannot be read ({error}): delete it to train from the start") from error
     for key, value in json.loads(json.dumps(identity)).items():
