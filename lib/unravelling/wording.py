@@ -178,14 +178,17 @@ def share(count: float, images: float, *, of: str = "") -> str:
     return f"{100 * count / images:.1f} %{many} (95 % Wilson interval {100 * low:.1f} to {100 * high:.1f})"
 
 
-def error(table: pd.DataFrame, split: str = "test") -> str:
+def error(table: pd.DataFrame, split: str = "test", *, brief: bool = False) -> str:
     """Return the error of one network over its seeds, or with Wilson's interval over images when there is one seed.
 
     Args:
         table: rows of the stored table ``networks``, one for each seed.
         split: of the images: ``"train"``, ``"validation"`` or ``"test"``.
+        brief: give the interval alone, for a text that says which intervals these are.
     """
     errors, images = table[f"{split}_error"], table[f"{split}_images"].iloc[0]
+    of = "" if brief else f"{'training' if split == 'train' else split} images"
     if len(table) == 1:
-        return share(errors.iloc[0] * images, images, of=f"{split} images")
-    return f"{over_seeds(errors)} of {images:,} {split} images"
+        text = share(errors.iloc[0] * images, images, of=of)
+        return text.replace("95 % Wilson interval ", "") if brief else text
+    return percent(errors) if brief else f"{over_seeds(errors)} of {images:,} {of}"
