@@ -27,7 +27,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .chain import LABELS, eval_mode
+from .batches import LABELS, eval_mode
 
 ADD = {operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, "add", "__add__"}
 SUB = {operator.sub, operator.isub, torch.sub, torch.ops.aten.sub.Tensor, torch.ops.aten.sub_.Tensor, "sub", "__sub__"}

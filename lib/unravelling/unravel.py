@@ -40,7 +40,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import graph as graphs
-from .chain import Chain, NoSkip, Unit, eval_mode, move
+from .batches import eval_mode, move
+from .chain import Chain, NoSkip, Unit
 from .graph import Builder, Context, Key, Reading, Sum, Traced, Unsupported, arguments, logits_of, preserved, run
 
 Function = Callable[..., Any]
