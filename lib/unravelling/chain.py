@@ -50,6 +50,7 @@ class Unit(nn.Module):
         residual: whether the skip takes part in the sum. A plain unit keeps its ``skip`` for its deletion only.
         name: shown in tables, such as ``"stage2.block5"``.
         stage: number of the stage the unit belongs to, from 1.
+        transition: whether the unit changes the shape of its state; when None, whether its skip is not the identity.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Unit(nn.Module):
         residual: bool = True,
         name: str = "",
         stage: int = 1,
+        transition: bool | None = None,
     ) -> None:
         super().__init__()
         self.branch = branch
@@ -69,11 +71,12 @@ class Unit(nn.Module):
         self.residual = residual
         self.name = name
         self.stage = stage
+        self.is_transition = not isinstance(self.skip, nn.Identity) if transition is None else transition
 
     @property
-    def is_transition(self) -> bool:
-        """Whether the unit changes the shape of its input, so that its skip is not the identity."""
-        return not isinstance(self.skip, nn.Identity)
+    def has_identity_skip(self) -> bool:
+        """Whether the skip hands on its input as it is."""
+        return isinstance(self.skip, nn.Identity)
 
     @property
     def is_deleted(self) -> bool:
@@ -93,7 +96,8 @@ class Unit(nn.Module):
         """
         if isinstance(self.skip, NoSkip):
             self.skip(torch.empty(0))
-        unit = Unit(None, self.skip, self.post, name=self.name, stage=self.stage)
+        options = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
+        unit = Unit(None, self.skip, self.post, **options)
         unit.training = self.training  # .train() would also set the mode of the shared modules
         return unit
 
@@ -102,7 +106,8 @@ class Unit(nn.Module):
         if self.branch is None:
             return self
         branch = nn.Sequential(self.branch, Scale(factor))
-        unit = Unit(branch, self.skip, self.post, residual=self.residual, name=self.name, stage=self.stage)
+        options = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
+        unit = Unit(branch, self.skip, self.post, residual=self.residual, **options)
         unit.training = branch.training = self.training
         return unit
 
