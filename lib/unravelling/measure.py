@@ -12,8 +12,7 @@ import pandas as pd
 import torch
 
 from . import lesion, paths
-from .batches import device_of
-from .chain import Chain
+from .chain import Chain, device_of
 from .data import Dataset, Split
 from .ensemble import average, disagreement, random_subnetworks
 from .train import evaluate

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .chain import Chain
+from .chain import Chain, Scale
 from .data import checksum, write_atomically
 from .nets import build
 from .stored import data_folder
@@ -33,13 +33,14 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
         header: what else to record, such as recipe, seed and errors; any JSON values.
 
     Raises:
-        ValueError: the chain was not made by `unravelling.nets`, or has deleted units; or ``header`` names an entry
-            that is written anyway.
+        ValueError: the chain was not made by `unravelling.nets`, or has deleted or scaled units; or ``header`` names
+            an entry that is written anyway.
         OSError: the file could not be written; an earlier one is kept.
     """
     if taken := sorted(header.keys() & set(OWN)):
         raise ValueError(f"the header's entry {taken[0]!r} is written by save itself: choose another name")
-    if chain.config is None or any(unit.is_deleted for unit in chain.units):
+    changed = any(unit.is_deleted for unit in chain.units) or any(isinstance(part, Scale) for part in chain.modules())
+    if chain.config is None or changed:
         raise ValueError("only an intact network made by unravelling.nets can be rebuilt from a file: save that one")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in chain.state_dict().items()}
     floating = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
