@@ -8,7 +8,7 @@ from helpers import SMALL, images, mix_modes, small, snapshot, states_by_hand
 from torch import nn
 from torch.testing import assert_close
 from unravelling import Chain, Unit, resnet
-from unravelling.chain import NoSkip, eval_mode
+from unravelling.chain import NoSkip
 from unravelling.nets import Pad
 
 
@@ -270,13 +270,3 @@ def test_repr_is_one_readable_line():
     assert repr(chain) == "resnet110: 54 units (18+18+18), 1.73 M parameters"
     assert repr(chain.without(3, 7)).startswith("resnet110: 54 units (18+18+18), deleted [3, 7], 1.72 M")
     assert repr(Chain(nn.Identity(), [Unit(Times(1))], nn.Identity())) == "chain: 1 units (1), 0.00 M parameters"
-
-
-def test_eval_mode_gives_every_part_its_mode_back_even_after_an_error():
-    chain = small("post")
-    mix_modes(chain)
-    before = snapshot(chain)
-    with pytest.raises(ZeroDivisionError), eval_mode(chain):  # noqa: PT012
-        assert not any(part.training for part in chain.modules())
-        raise ZeroDivisionError
-    assert snapshot(chain) == before

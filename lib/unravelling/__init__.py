@@ -14,7 +14,7 @@ from .paths import (
     spectrum,
 )
 from .train import RECIPES, Recipe, evaluate, fit
-from .unravel import block_units, unravel
+from .from_model import block_units, unravel
 from .weights import load, save
 
 __version__ = "0.1.0"

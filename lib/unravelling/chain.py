@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Raise ValueError, with its name, for a number that is neither None nor 1 or more."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
 
 
 class Scale(nn.Module):
@@ -248,68 +253,3 @@ class Chain(nn.Module):
         million = sum(p.numel() for p in self.parameters()) / 1e6
         lesion = f", deleted {gone}" if gone else ""
         return f"{name}: {len(self)} units ({'+'.join(map(str, stages.values()))}){lesion}, {million:.2f} M parameters"
-
-
-LABELS = ("labels", "label")
-"""Entries of a dict that are labels, not inputs."""
-
-IGNORED = -100
-"""The label of a token that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
-
-
-def device_of(chain: nn.Module) -> torch.device:
-    """Return the device of a module's parameters."""
-    return next((p.device for p in chain.parameters()), torch.device("cpu"))
-
-
-def move(x: Any, chain: nn.Module) -> Any:
-    """Bring the tensors in an input to a module's device, and to its type where that is half precision.
-
-    Args:
-        x: a tensor, or tensors in a dict, a list or a tuple. Other things stay as they are.
-        chain: the module.
-    """
-    if isinstance(x, Mapping):
-        return {name: move(value, chain) for name, value in x.items()}
-    if isinstance(x, (tuple, list)):
-        return type(x)(move(value, chain) for value in x)
-    if not isinstance(x, Tensor):
-        return x
-    dtype = next((p.dtype for p in chain.parameters() if p.is_floating_point()), x.dtype)
-    half = dtype in (torch.float16, torch.bfloat16) and x.is_floating_point()
-    return x.to(device_of(chain), dtype) if half else x.to(device_of(chain))
-
-
-def inputs_and_labels(chain: Chain, batch: Any) -> tuple[Any, Any]:
-    """Return inputs and labels of a batch, on the chain's device.
-
-    Args:
-        chain: the network. The labels of one that was made from a Hugging Face model for causal language modelling are
-            shifted by one where they come in a dict, as the model's own loss does: they are the tokens themselves.
-        batch: a pair of inputs and labels, or a dict of inputs with ``labels`` or ``label``.
-
-    Raises:
-        ValueError: a dict has no labels.
-    """
-    if not isinstance(batch, Mapping):
-        x, y = batch
-        return move(x, chain), move(y, chain)
-    name = next((name for name in LABELS if name in batch), None)
-    if name is None:
-        raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
-    y = move(batch[name], chain)
-    if getattr(chain.stem, "shift_labels", False) and y.dim() == 2:
-        y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)
-    return move({key: value for key, value in batch.items() if key not in LABELS}, chain), y
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for the duration of a ``with`` block, then give each part its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
