@@ -90,8 +90,7 @@ def collect(chosen: Iterable[Row], runs: Path, data: Path, *, drop: str | None =
                 refused += [f"{row}: {reason}"] if reason else []
         for path in [path for path, content in new.items() if content is not None and len(content) > FILE_LIMIT]:
             raise ValueError(f"{path} would have {len(new[path]) / 1e6:.1f} MB, {FILE_LIMIT / 1e6:.0f} are allowed")
-        if new or not (data / "RUNS.md").exists():
-            new[Path("RUNS.md")] = runs_page(data, new).encode()
+        new[Path("RUNS.md")] = runs_page(data, new).encode()
         _replace(data, new)
     return refused
 
