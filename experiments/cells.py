@@ -52,8 +52,7 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace)
     SIGTERM ends the process like Ctrl-C: files that are being written are removed, what was written before is whole.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if "UNRAVELLING_PARENT" in os.environ:
-        end_with(int(os.environ["UNRAVELLING_PARENT"]))
+    follow_parent()
     try:
         options.device = _device(options.device)
         if options.threads is not None:
@@ -71,6 +70,12 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace)
         print("\nstopped; the same command goes on from the last whole file", file=sys.stderr)
         return 130
     return 0
+
+
+def follow_parent() -> None:
+    """End with Snakemake, where that has started this process: it says so in the environment."""
+    if "UNRAVELLING_PARENT" in os.environ:
+        end_with(int(os.environ["UNRAVELLING_PARENT"]))
 
 
 def end_with(parent: int) -> None:

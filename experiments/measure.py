@@ -11,6 +11,7 @@ from cells import checksum, parser, run, write
 from measurements import ENSEMBLE, TABLE
 from unravelling import load
 from unravelling.data import load_dataset
+from unravelling.train import RECIPES, as_tested
 from unravelling.weights import header
 
 
@@ -47,7 +48,7 @@ def measure(options: argparse.Namespace) -> None:
         if not together and found["architecture"]["name"] != options.network:
             raise ValueError(f"{path} holds a {found['architecture']['name']}, not a {options.network}")
     data, chains = load_dataset(options.dataset, options.data), [load(path) for path in options.weights]
-    chains = [chain.to(options.device) for chain in chains]
+    chains = [as_tested(chain.to(options.device), RECIPES[options.recipe]) for chain in chains]
     measurement = (TABLE | ENSEMBLE)[options.what]
     if not all(map(measurement.applies, chains)):
         raise ValueError(f"{options.what} does not apply to {options.network}: paths need skips, statistics batch norm")

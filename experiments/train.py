@@ -21,7 +21,7 @@ from measurements import spectrum_in_training
 from unravelling import build, evaluate, fit, gradient_norms, save
 from unravelling.chain import Chain
 from unravelling.data import Dataset, load_dataset, write_atomically
-from unravelling.train import RECIPES
+from unravelling.train import RECIPES, as_tested
 
 SNAPSHOTS = {0, 1, 2, 4, 5, 10, 15, 20, 50, 100, 164}
 """Epochs after which the gradient by path length is measured, where a run has them."""
@@ -100,7 +100,8 @@ def _write(
     start = time.perf_counter()
     some = min(10_000, len(data.train))
     splits = {"train": data.train.take(torch.arange(some)), "validation": data.validation, "test": data.test}
-    scores = {name: evaluate(chain, split) for name, split in splits.items()}
+    tested = as_tested(chain, RECIPES[options.recipe])
+    scores = {name: evaluate(tested, split) for name, split in splits.items()}
     columns = {f"{split}_{name}": scores[split][name] for split in splits for name in ("error", "loss", "images")}
     number = sum(parameter.numel() for parameter in chain.parameters())
     tables = {"training": history, "networks": pd.DataFrame([{"parameters": number} | columns])}

@@ -8,7 +8,7 @@ from helpers import SMALL, images, mix_modes, small, snapshot, states_by_hand
 from torch import nn
 from torch.testing import assert_close
 from unravelling import Chain, Unit, resnet
-from unravelling.chain import NoSkip, eval_mode
+from unravelling.chain import NoSkip
 from unravelling.nets import Pad
 
 
@@ -258,6 +258,25 @@ def test_orders_that_do_not_fit(order, error, message):
     assert snapshot(chain) == before
 
 
+def test_a_unit_moves_with_a_skip_that_keeps_the_shape():
+    """A projection of equal shape is no identity, and no reason to stay."""
+    torch.manual_seed(0)
+    units = [Unit(nn.Linear(3, 3), nn.Linear(3, 3)), Unit(nn.Linear(3, 3)), Unit(nn.Linear(3, 4), nn.Linear(3, 4))]
+    chain, x = Chain(nn.Identity(), units, nn.Identity()), torch.randn(2, 3)
+    y = units[1](x)
+    assert torch.equal(chain.reordered([1, 0, 2])(x), units[2](units[0](y)))
+    with pytest.raises(ValueError, match="unit 2 changes the shape of its input: leave it at position 2"):
+        chain.reordered([0, 2, 1])
+
+
+def test_a_unit_without_a_skip_is_refused_without_a_call(monkeypatch):
+    monkeypatch.setattr(NoSkip, "forward", lambda self, y: pytest.fail("a module was called to raise its error"))
+    unit = Unit(nn.Linear(3, 4), NoSkip("block3"), residual=False)
+    with pytest.raises(ValueError, match=r"^the unit block3 has no skip and changes the shape of its state"):
+        unit.deleted()
+    assert not unit.can_be_deleted
+
+
 def test_a_deleted_transition_stays_where_it_is():
     chain = resnet(14, width=2, in_channels=1).without(2)
     with pytest.raises(ValueError, match="unit 2 changes the shape of its input"):
@@ -270,13 +289,3 @@ def test_repr_is_one_readable_line():
     assert repr(chain) == "resnet110: 54 units (18+18+18), 1.73 M parameters"
     assert repr(chain.without(3, 7)).startswith("resnet110: 54 units (18+18+18), deleted [3, 7], 1.72 M")
     assert repr(Chain(nn.Identity(), [Unit(Times(1))], nn.Identity())) == "chain: 1 units (1), 0.00 M parameters"
-
-
-def test_eval_mode_gives_every_part_its_mode_back_even_after_an_error():
-    chain = small("post")
-    mix_modes(chain)
-    before = snapshot(chain)
-    with pytest.raises(ZeroDivisionError), eval_mode(chain):  # noqa: PT012
-        assert not any(part.training for part in chain.modules())
-        raise ZeroDivisionError
-    assert snapshot(chain) == before

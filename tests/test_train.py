@@ -80,12 +80,15 @@ def test_steps_by_hand():
     [
         ({}, "recipe 'x' needs either epochs or iterations"),
         ({"epochs": 1, "iterations": 1}, "recipe 'x' needs either epochs or iterations"),
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"iterations": -5}, "iterations must be at least 1, not -5"),
+        ({"epochs": 1, "batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"epochs": 1, "schedule": "cosine"}, "recipe 'x': schedule 'cosine' is not one of onecycle, steps"),
         ({"epochs": 1, "precision": "int8"}, "recipe 'x': precision 'int8' is not one of float32, bfloat16, auto"),
     ],
 )
 def test_recipes_that_make_no_sense(options, message):
-    with pytest.raises(ValueError, match="recipe") as caught:
+    with pytest.raises(ValueError, match=r"recipe|must be") as caught:
         Recipe("x", **options)
     assert str(caught.value) == message
 
@@ -148,8 +151,32 @@ def test_evaluate_equals_the_loop_by_hand(data, training):
     assert (scores["wrong"], scores["images"]) == (wrong, 40)
     assert scores["error"] == wrong / 40
     assert scores["loss"] == pytest.approx(loss / 40, rel=1e-5)
-    batches = evaluate(chain, data.validation.batches(7))
-    assert batches == pytest.approx(scores, rel=1e-6)
+    batches = data.validation.batches(7)
+    assert evaluate(chain, batches) == pytest.approx(scores, rel=1e-6)
+    x, y = data.validation.batches(40)[0]
+    ignored = torch.cat([y, torch.full((2,), -100)])
+    for form in ((x, y), [x, y], [(x, y)], [{"x": x}["x"], y], (torch.cat([x, x[:2]]), ignored)):
+        assert evaluate(chain, form) == pytest.approx(scores, rel=1e-6)
+
+
+def test_evaluate_counts_tokens():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, -100, 4, 5], [6, -100, 1, 2, 3]])
+    scores = evaluate(nn.Identity(), [(logits, labels)])
+    pairs = [(z.double(), int(y)) for z, y in zip(logits.flatten(0, 1), labels.flatten(), strict=True) if y >= 0]
+    assert scores["images"] == len(pairs) == 8
+    assert scores["wrong"] == sum(int(z.argmax()) != y for z, y in pairs)
+    assert scores["loss"] == pytest.approx(sum(float(z.exp().sum().log() - z[y]) for z, y in pairs) / 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [([], "there are no batches"), (iter([]), "there are no batches"),
+     ([(torch.zeros(2, 64), torch.full((2,), -100))], "nothing is left to score")],
+)  # fmt: skip
+def test_nothing_to_evaluate(data, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(nn.Linear(64, 10), data)
 
 
 def test_the_network_learns_and_ends_in_eval_mode(data):
@@ -204,12 +231,22 @@ def test_the_loss_is_computed_in_float32(data, monkeypatch):
     assert set(seen) == {torch.float32, torch.float64}  # evaluation adds up in float64
 
 
-def test_denormal_numbers_are_flushed(data):
-    tiny = torch.tensor([1e-40])
-    assert (tiny * 1).item() > 0
-    run(data, stop_after=1)
-    flushed = (tiny * 1).item() == 0
-    assert flushed == torch.set_flush_denormal(True)  # False where the CPU cannot
+@pytest.mark.parametrize("before", [False, True])
+def test_denormal_numbers_are_flushed_in_training_alone(data, before):
+    tiny, seen = torch.tensor([1e-40]), []
+    able = torch.set_flush_denormal(before)  # False where the CPU cannot
+
+    def flushed(*_):
+        seen.append((tiny * 1).item() == 0)
+        if len(seen) == 3:
+            raise ZeroDivisionError
+
+    run(data, stop_after=1, on_epoch=flushed)
+    flushed()
+    with pytest.raises(ZeroDivisionError):
+        run(data, stop_after=1, on_epoch=flushed)
+    flushed()
+    assert seen == [able, able and before, able, able and before]
 
 
 def test_the_mode_that_the_network_is_in_makes_no_difference(data):
@@ -339,10 +376,22 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(data, checkpoint, what, 
     assert checkpoint.read_bytes() == content
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(data, checkpoint):
+    content = checkpoint.read_bytes()
+    (weight, *_) = (t for t in torch.load(checkpoint, weights_only=True)["chain"].values() if t.numel() > 30)
+    at = content.index(weight.flatten()[:8].numpy().tobytes())
+    for byte, bit in ((0, 0), (11, 6), (30, 3)):
+        checkpoint.write_bytes(content[: at + byte] + bytes([content[at + byte] ^ 1 << bit]) + content[at + byte + 1 :])
+        with pytest.raises(ValueError, match=r"^checkpoint .* cannot be read \(.*\): delete it to train"):
+            run(data, checkpoint=checkpoint)
+    checkpoint.write_bytes(content)
+    assert finished_as_if_nothing_happened(data, checkpoint)
+
+
 def test_a_checkpoint_from_before_a_field_of_the_recipe_goes_on(data, checkpoint):
     state = torch.load(checkpoint, weights_only=True)
     identity = json.loads(state["identity"])
-    del identity["recipe"]["rescale"], identity["recipe"]["nesterov"]
+    del identity["recipe"]["rescale"], identity["recipe"]["nesterov"], state["checksum"]
     torch.save(state | {"identity": json.dumps(identity)}, checkpoint)
     assert finished_as_if_nothing_happened(data, checkpoint)
     with pytest.raises(ValueError, match="belongs to another recipe"):
