@@ -87,16 +87,16 @@ def evaluate_variants(
     Raises:
         ValueError: a unit cannot be deleted, or there is no label to score.
     """
-    wrongs, losses, counts = [], [], []
+    wrongs: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
     for x, y in iterate(chain, data):
         scores: list[Any] = [None] * len(variants)
         with eval_mode(chain), torch.inference_mode():
             for v, out in _run(chain, x, variants):
                 scores[v] = _score_batch(out, y, loss)
-        for parts, column in zip(
-            (wrongs, losses), zip(*((w, values) for w, values, _ in scores), strict=True), strict=True
-        ):
-            parts.append(np.stack(column))
+        wrongs.append(np.stack([wrong for wrong, _, _ in scores]))
+        losses.append(np.stack([values for _, values, _ in scores]))
         counts.append(scores[0][2])
     wrong, values, count = np.concatenate(wrongs, 1), np.concatenate(losses, 1), np.concatenate(counts)
     if not count.any():
