@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -128,7 +128,7 @@ class Unit(nn.Module):
         return self._with(branch)
 
     def _with(self, branch: nn.Module | None) -> Unit:
-        options = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
+        options: dict[str, Any] = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
         unit = Unit(branch, self.skip, self.post, residual=self.residual or branch is None, **options)
         unit.training = self.training
         return unit

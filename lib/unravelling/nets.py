@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +110,7 @@ def plain(
 
     Its units keep the parameter-free shortcut for their deletion. Arguments and errors are those of `resnet`.
     """
-    options = {"in_channels": in_channels, "classes": classes, "width": width, "preactivation": preactivation}
-    chain = resnet(depth, **options, seed=seed)
+    chain = resnet(depth, in_channels=in_channels, classes=classes, width=width, preactivation=preactivation, seed=seed)
     for unit in chain.units:
         unit.residual = False
     assert chain.config is not None
@@ -161,8 +161,9 @@ def vgg(
                     branch.append(nn.MaxPool2d(2))
                     skip.append(nn.MaxPool2d(2))
                 shortcut = nn.Sequential(*skip) if skip else None
-                options = {"name": f"stage{stage}.conv{layer}", "stage": stage, "transition": bool(skip)}
-                units.append(Unit(nn.Sequential(*branch), shortcut, residual=False, **options))
+                unit = Unit(nn.Sequential(*branch), shortcut, residual=False, stage=stage, transition=bool(skip))
+                unit.name = f"stage{stage}.conv{layer}"
+                units.append(unit)
                 channels = width
         norm = [nn.BatchNorm1d(width)] if batch_norm else []
         hidden = nn.Linear(width * size * size, width)
@@ -191,7 +192,7 @@ def _initialize(chain: Chain) -> Chain:
     return chain
 
 
-def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: int) -> Chain:
+def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: Any) -> Chain:
     """Return a network by its name, such as ``resnet110``, ``resnet56-post``, ``plain20`` or ``vgg15-nobn``.
 
     Args:

@@ -107,12 +107,13 @@ RECIPES = {
 CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out:
 ``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
 ``-stochastic-depth``; ``digits-short-paths-long`` trains three times as long."""
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "short-paths": {"active": 23},
+    "short-paths-unscaled": {"active": 23, "rescale": False},
+    "stochastic-depth": {"survival": 0.5},
+}
 for _recipe in list(RECIPES.values()):
-    for _variant, _options in {
-        "short-paths": {"active": 23},
-        "short-paths-unscaled": {"active": 23, "rescale": False},
-        "stochastic-depth": {"survival": 0.5},
-    }.items():
+    for _variant, _options in _VARIANTS.items():
         _name = f"{_recipe.name}-{_variant}"
         RECIPES[_name] = replace(_recipe, name=_name, **_options)
 RECIPES["digits-short-paths-long"] = replace(RECIPES["digits-short-paths"], name="digits-short-paths-long", epochs=60)
@@ -302,7 +303,7 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
 
     Args:
         chain: maps inputs to logits ``(B, K)``, or ``(B, T, K)``, where tokens count as images.
-        data: a split, or `Batches`; labels of -100 are left out.
+        data: a split, or `~unravelling.batches.Batches`; labels of -100 are left out.
 
     Raises:
         ValueError: there are no batches, or no labels in them.
