@@ -41,7 +41,8 @@ def difference(found: Tensor, expected: Tensor, scale: float | None = None) -> f
 
 
 def _largest(tensors: Iterable[Tensor | None]) -> float:
-    return max([t[t.isfinite()].abs().max().item() for t in tensors if t is not None and t.isfinite().any()], default=0)
+    finite = (t.detach().nan_to_num(0, 0, 0).abs().max().item() for t in tensors if t is not None and t.numel())
+    return max(finite, default=0)
 
 
 def gradients(module: nn.Module, model: nn.Module, x: Any) -> Gradients:
@@ -77,7 +78,8 @@ def compared_gradients(found: Gradients, expected: Gradients) -> Iterable[tuple[
 
     A missing gradient counts as zeros.
     """
-    scales = {kind: _largest(g for (k, _), g in expected.items() if k == kind) for kind, _ in expected}
+    kinds = {kind for kind, _ in expected}
+    scales = {kind: _largest(g for (k, _), g in expected.items() if k == kind) for kind in kinds}
     for (kind, name), theirs in expected.items():
         ours = found.get((kind, name))
         some = ours if theirs is None else theirs

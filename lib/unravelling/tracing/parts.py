@@ -74,7 +74,7 @@ class Stem(nn.Module):
         used: those that the code takes.
         context: where the values go.
         names: of the values.
-        sizes: of inputs, as far as the code takes them for constants: it would compute something else at others.
+        sizes: of inputs, numbers or names of equal sizes: the code would compute something else at others.
         shift_labels: whether the labels in a dict are the tokens themselves, to be compared with the logits before
             them.
     """
@@ -86,7 +86,7 @@ class Stem(nn.Module):
         used: Iterable[str],
         context: Context,
         names: Iterable[str],
-        sizes: Mapping[str, tuple[int | None, ...]],
+        sizes: Mapping[str, tuple[int | str, ...]],
         shift_labels: bool,
     ) -> None:
         super().__init__()
@@ -104,13 +104,15 @@ class Stem(nn.Module):
                 f"this chain was made from an input with {', '.join(self.inputs)}, and this one differs in "
                 f"{', '.join(wrong) or 'their number'}: unravel the model with an example of such inputs"
             )
+        known: dict[str, int] = {}
         for name, sizes in self.sizes.items():
             found = tuple(given[name].shape)
-            if len(found) != len(sizes) or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
-                traced = ", ".join("any" if size is None else str(size) for size in sizes)
+            expected = [known.setdefault(s, f) if isinstance(s, str) else s for s, f in zip(sizes, found, strict=False)]
+            if len(found) != len(sizes) or list(found) != expected:
+                traced = ", ".join("any" if isinstance(size, str) else str(size) for size in sizes)
                 raise ValueError(
                     f"{name} has size {found}, and torch.export traced this chain for ({traced}): unravel the model "
-                    "with an example of the new size"
+                    "with an example of the new size, in which all inputs belong to the same batch"
                 )
         result = self.code(*(given[name] for name in self.used))
         y, *values = result if isinstance(result, tuple) else (result,)

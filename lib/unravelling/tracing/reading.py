@@ -293,9 +293,11 @@ def _takes_the_state_alone(reading: Reading, key: Key) -> bool:
     """Whether a call of a block has no other argument than the state that could matter, and returns one tensor."""
     inside = reading.calls[key]
     for node in inside:
-        if node.op == "call_module" and reading.owner(node) == key:  # the block itself, not looked into
-            if any(value is not None and value is not False for value in [*node.args[1:], *node.kwargs.values()]):
-                return False
+        others = [
+            value for value in [*node.args[1:], *node.kwargs.values()] if value is not None and value is not False
+        ]
+        if others and node.op == "call_module" and reading.owner(node) == key:  # the block itself, not looked into
+            return False
         for arg in node.all_input_nodes:
             foreign = arg not in inside and arg not in reading.active
             if foreign and not reading.constant[arg] and not name_of(arg).startswith("sym_"):

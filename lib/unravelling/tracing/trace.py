@@ -111,7 +111,7 @@ class Traced:
         inputs: the placeholders of the example's arguments, and the names of those.
         output: the node of the logits.
         by: ``"torch.fx"`` or ``"torch.export"``.
-        sizes: of inputs, as far as tracing took them for constants; None stands for any size.
+        sizes: that tracing took for granted: a number, or a name for sizes that may vary but have to be equal.
         replaced: copies of layers in place that do not work in place.
     """
 
@@ -120,7 +120,7 @@ class Traced:
     inputs: dict[fx.Node, str]
     output: fx.Node
     by: str
-    sizes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    sizes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     replaced: dict[str, nn.Module] = field(default_factory=dict)
 
     def get(self, target: Any) -> Any:
@@ -215,7 +215,7 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
             traced = _export(model, *doubled)
         except Exception:
             return _export(model, *given)
-        if all(sizes[0] is None for sizes in traced.sizes.values()):
+        if not any(isinstance(sizes[0], int) for sizes in traced.sizes.values()):
             return traced
     return _export(model, *given)
 
@@ -252,8 +252,8 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     for node in nodes:
         if isinstance(node.meta.get("val"), Tensor):
             node.meta["shape"] = shape = node.meta["val"].shape
-            if node in inputs and any(map(is_concrete_int, shape)):
-                sizes[inputs[node]] = tuple(int(size) if is_concrete_int(size) else None for size in shape)
+            if node in inputs and (len(inputs) > 1 or any(map(is_concrete_int, shape))):
+                sizes[inputs[node]] = tuple(int(size) if is_concrete_int(size) else str(size) for size in shape)
     lookup = operator.attrgetter
     traced = Traced(module.graph, lambda t: lookup(t)(module), inputs, results[position], "torch.export", sizes)
     return _out_of_place(traced)
