@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Raise ValueError, with its name, for a number that is neither None nor 1 or more."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
 
 
 class Scale(nn.Module):
@@ -29,12 +34,27 @@ class NoSkip(nn.Module):
         super().__init__()
         self.name = name
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Raise ValueError."""
-        raise ValueError(
+    def error(self) -> ValueError:
+        """Return the error that says why the unit cannot be deleted."""
+        return ValueError(
             f"the unit {self.name or 'without a name'} has no skip and changes the shape of its state: nothing is left "
             "in its place when it is deleted. Leave it in, or give it a skip"
         )
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Raise ValueError."""
+        raise self.error()
+
+
+def _changes_shape(skip: nn.Module) -> bool:
+    """Return whether a skip says by its kind or its sizes that it changes the shape of its input."""
+    for part in skip.modules():
+        size = vars(part).get
+        if isinstance(part, NoSkip) or size("extra_channels") or size("stride", 1) not in (1, (1,), (1, 1), (1, 1, 1)):
+            return True
+        if size("in_channels") != size("out_channels") or size("in_features") != size("out_features"):
+            return True
+    return False
 
 
 class Unit(nn.Module):
@@ -50,7 +70,8 @@ class Unit(nn.Module):
         residual: whether the skip takes part in the sum. A plain unit keeps its ``skip`` for its deletion only.
         name: shown in tables, such as ``"stage2.block5"``.
         stage: number of the stage the unit belongs to, from 1.
-        transition: whether the unit changes the shape of its state; when None, whether its skip is not the identity.
+        transition: whether the unit changes the shape of its state; when None, whether its skip does by its kind or
+            sizes, such as `NoSkip` or a convolution with a stride.
     """
 
     def __init__(
@@ -71,7 +92,7 @@ class Unit(nn.Module):
         self.residual = residual
         self.name = name
         self.stage = stage
-        self.is_transition = not isinstance(self.skip, nn.Identity) if transition is None else transition
+        self.is_transition = _changes_shape(self.skip) if transition is None else transition
 
     @property
     def has_identity_skip(self) -> bool:
@@ -95,20 +116,21 @@ class Unit(nn.Module):
             ValueError: the unit has no skip and changes the shape of its state.
         """
         if isinstance(self.skip, NoSkip):
-            self.skip(torch.empty(0))
-        options = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
-        unit = Unit(None, self.skip, self.post, **options)
-        unit.training = self.training  # .train() would also set the mode of the shared modules
-        return unit
+            raise self.skip.error()
+        return self._with(None)
 
     def scaled(self, factor: float) -> Unit:
         """Return a unit that shares this one's parts and multiplies the branch by ``factor``."""
         if self.branch is None:
             return self
         branch = nn.Sequential(self.branch, Scale(factor))
+        branch.training = self.training  # .train() would also set the mode of the shared modules
+        return self._with(branch)
+
+    def _with(self, branch: nn.Module | None) -> Unit:
         options = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
-        unit = Unit(branch, self.skip, self.post, residual=self.residual, **options)
-        unit.training = branch.training = self.training
+        unit = Unit(branch, self.skip, self.post, residual=self.residual or branch is None, **options)
+        unit.training = self.training
         return unit
 
     def forward(self, y: Tensor) -> Tensor:
@@ -231,68 +253,3 @@ class Chain(nn.Module):
         million = sum(p.numel() for p in self.parameters()) / 1e6
         lesion = f", deleted {gone}" if gone else ""
         return f"{name}: {len(self)} units ({'+'.join(map(str, stages.values()))}){lesion}, {million:.2f} M parameters"
-
-
-LABELS = ("labels", "label")
-"""Entries of a dict that are labels, not inputs."""
-
-IGNORED = -100
-"""The label of a token that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
-
-
-def device_of(chain: nn.Module) -> torch.device:
-    """Return the device of a module's parameters."""
-    return next((p.device for p in chain.parameters()), torch.device("cpu"))
-
-
-def move(x: Any, chain: nn.Module) -> Any:
-    """Bring the tensors in an input to a module's device, and to its type where that is half precision.
-
-    Args:
-        x: a tensor, or tensors in a dict, a list or a tuple. Other things stay as they are.
-        chain: the module.
-    """
-    if isinstance(x, Mapping):
-        return {name: move(value, chain) for name, value in x.items()}
-    if isinstance(x, (tuple, list)):
-        return type(x)(move(value, chain) for value in x)
-    if not isinstance(x, Tensor):
-        return x
-    dtype = next((p.dtype for p in chain.parameters() if p.is_floating_point()), x.dtype)
-    half = dtype in (torch.float16, torch.bfloat16) and x.is_floating_point()
-    return x.to(device_of(chain), dtype) if half else x.to(device_of(chain))
-
-
-def inputs_and_labels(chain: Chain, batch: Any) -> tuple[Any, Any]:
-    """Return inputs and labels of a batch, on the chain's device.
-
-    Args:
-        chain: the network. The labels of one that was made from a Hugging Face model for causal language modelling are
-            shifted by one where they come in a dict, as the model's own loss does: they are the tokens themselves.
-        batch: a pair of inputs and labels, or a dict of inputs with ``labels`` or ``label``.
-
-    Raises:
-        ValueError: a dict has no labels.
-    """
-    if not isinstance(batch, Mapping):
-        x, y = batch
-        return move(x, chain), move(y, chain)
-    name = next((name for name in LABELS if name in batch), None)
-    if name is None:
-        raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
-    y = move(batch[name], chain)
-    if getattr(chain.stem, "shift_labels", False) and y.dim() == 2:
-        y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)
-    return move({key: value for key, value in batch.items() if key not in LABELS}, chain), y
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for the duration of a ``with`` block, then give each part its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from . import lesion, paths
-from .chain import Chain, device_of
+from .batches import device_of
+from .chain import Chain
 from .data import Dataset, Split
 from .ensemble import average, disagreement, random_subnetworks
 from .train import evaluate

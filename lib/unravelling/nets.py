@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +96,7 @@ def _three_stages(
     if shortcut not in ("pad", "projection"):
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
     n = (depth - 2) // 6
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+    with _seeded(seed):
         units, channels = [], width
         for stage in (1, 2, 3):
             for block in range(n):
@@ -111,7 +112,7 @@ def _three_stages(
                 branch = _branch(channels, c_out, stride, preactivation)
                 post = None if preactivation else nn.ReLU()
                 name = f"stage{stage}.block{block}"
-                units.append(Unit(branch, skip, post, residual=residual, name=name, stage=stage))
+                units.append(Unit(branch, skip, post, residual=residual, name=name, stage=stage, transition=stride > 1))
                 channels = c_out
         stem: nn.Module = conv(in_channels, width)
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
@@ -145,23 +146,22 @@ def vgg(
     *,
     in_channels: int = 3,
     classes: int = 10,
-    width: int = 64,
+    width: int = 128,
     image_size: int = 32,
     batch_norm: bool = True,
     seed: int = 0,
 ) -> Chain:
     """Return the 15-layer VGG beside the ResNet in Veit et al. (2016): 13 convolutions, a hidden and an output layer.
 
-    Every convolution with its normalisation and ReLU is a unit without a skip. Channels are ``width`` × 1, 1, 2, 2, 4,
-    4, 4, 8, 8, 8, 8, 8, 8; a 2×2 maximum follows layers 2, 4, 7, 10 and 13 as long as there are 2×2 pixels. A deleted
-    unit keeps its pooling and appends zero channels. The paper does not spell out its variant; this is the usual one
-    for CIFAR.
+    Every layer has ``width`` channels, so that any of them can be removed. A convolution with its normalisation and
+    ReLU is a unit without a skip; a 2×2 maximum follows layers 2, 4, 7, 10 and 13 as long as there are 2×2 pixels. A
+    deleted unit keeps its pooling, and the first one appends zero channels.
 
     Args:
         depth: 15.
         in_channels: channels of the images ``(B, in_channels, image_size, image_size)``.
         classes: number of classes K of the logits ``(B, K)``.
-        width: channels of the first layer.
+        width: channels of every layer; 128 in the paper.
         image_size: side length of the images in pixels.
         batch_norm: whether the convolutions are normalised.
         seed: of the initial weights; the global generator is left alone.
@@ -171,17 +171,14 @@ def vgg(
     """
     if depth != 15:
         raise ValueError(f"there is no vgg({depth}) here: use vgg(15), the one that Veit et al. compare with")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+    with _seeded(seed):
         units, channels, size = [], in_channels, image_size
-        for stage, (factor, layers) in enumerate([(1, 2), (2, 2), (4, 3), (8, 3), (8, 3)], start=1):
+        for stage, layers in enumerate((2, 2, 3, 3, 3), start=1):
             for layer in range(layers):
-                c_out = width * factor
-                branch: list[nn.Module] = [nn.Conv2d(channels, c_out, 3, padding=1, bias=not batch_norm)]
-                if batch_norm:
-                    branch.append(nn.BatchNorm2d(c_out))
+                branch: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=not batch_norm)]
+                branch += [nn.BatchNorm2d(width)] if batch_norm else []
                 branch.append(nn.ReLU())
-                skip: list[nn.Module] = [Pad(c_out - channels, 1)] if c_out > channels else []
+                skip: list[nn.Module] = [Pad(width - channels, 1)] if width > channels else []
                 if layer == layers - 1 and size > 1:
                     size //= 2
                     branch.append(nn.MaxPool2d(2))
@@ -193,17 +190,24 @@ def vgg(
                         residual=False,
                         name=f"stage{stage}.conv{layer}",
                         stage=stage,
+                        transition=bool(skip) or channels != width,
                     )
                 )
-                channels = c_out
-        features = channels * size * size
-        norm = [nn.BatchNorm1d(channels)] if batch_norm else []
-        head = nn.Sequential(
-            nn.Flatten(), nn.Linear(features, channels), *norm, nn.ReLU(), nn.Linear(channels, classes)
-        )
+                channels = width
+        norm = [nn.BatchNorm1d(width)] if batch_norm else []
+        hidden = nn.Linear(width * size * size, width)
+        head = nn.Sequential(nn.Flatten(), hidden, *norm, nn.ReLU(), nn.Linear(width, classes))
         config = {"name": "vgg15" + ("" if batch_norm else "-nobn"), "in_channels": in_channels}
         config |= {"classes": classes, "width": width, "image_size": image_size}
         return _initialize(Chain(nn.Identity(), units, head, config))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from a seeded generator within a ``with`` block, and leave the global one as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        yield
 
 
 def _initialize(chain: Chain) -> Chain:
@@ -221,38 +225,29 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: in
     """Return a network by its name, such as ``resnet110``, ``resnet56-post``, ``plain20`` or ``vgg15-nobn``.
 
     Args:
-        name: family and depth, then ``-post`` (2015 form), ``-projection``, ``-nobn`` (VGG without batch norm) or
-            ``-narrow`` (VGG with half the channels, a quarter of the size in a file).
-        dataset: ``"digits"`` or ``"cifar10"``, which sets channels and image size (and a narrow VGG for digits).
+        name: family and depth, then ``-post`` (2015 form), ``-projection`` or ``-nobn`` (VGG without batch norm).
+        dataset: ``"digits"`` or ``"cifar10"``, which sets channels and image size, and the width of a VGG (64 or 128).
         seed: of the initial weights.
         options: passed to `resnet`, `plain` or `vgg`, over those of the dataset.
 
     Raises:
         ValueError: no such network or dataset.
     """
-    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn|narrow))*)", name)
+    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn))*)", name)
     if not match:
         raise ValueError(f"unknown network {name!r}: expected a name such as resnet110, plain56-post or vgg15-nobn")
     family, depth, suffixes = match[1], int(match[2]), set(match[3].split("-")) - {""}
-    allowed = {"resnet": {"post", "projection"}, "plain": {"post"}, "vgg": {"nobn", "narrow"}}[family]
+    allowed = {"resnet": {"post", "projection"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
     if suffixes - allowed:
         raise ValueError(f"{family} has no variant -{min(suffixes - allowed)}: it has {', '.join(sorted(allowed))}")
     if dataset is not None:
         if dataset not in SHAPES:
             raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(SHAPES)}")
         channels, size = SHAPES[dataset]
-        defaults = {"in_channels": channels}
-        if family == "vgg":
-            defaults |= {"image_size": size, "width": 16 if dataset == "digits" else 64}
-            defaults["width"] //= 2 if "narrow" in suffixes else 1
-        options = defaults | options
+        vgg_only = {"image_size": size, "width": 64 if dataset == "digits" else 128} if family == "vgg" else {}
+        options = {"in_channels": channels} | vgg_only | options
     if family == "vgg":
-        if "narrow" in suffixes:
-            options = {"width": 32} | options
-        chain = vgg(depth, batch_norm="nobn" not in suffixes, seed=seed, **options)
-        assert chain.config is not None
-        chain.config["name"] += "-narrow" if "narrow" in suffixes else ""
-        return chain
+        return vgg(depth, batch_norm="nobn" not in suffixes, seed=seed, **options)
     if family == "plain":
         return plain(depth, preactivation="post" not in suffixes, seed=seed, **options)
     shortcut = "projection" if "projection" in suffixes else "pad"
