@@ -625,9 +625,9 @@ CASES: dict[str, Case] = {
         lambda: torchvision("resnet18"), matching(r"layer\d\.\d\.bn2"), 8, "layer1.0", library="torchvision"
     ),
     "torchvision resnet50": Case(
-        lambda: torchvision("resnet50", width_per_group=16),
+        lambda: _torchvision_resnet("Bottleneck", [1, 2, 3, 1], width_per_group=16),  # fewer blocks, of all kinds
         matching(r"layer\d\.\d\.bn3"),
-        16,
+        7,
         "layer1.0",
         library="torchvision",
     ),
@@ -756,14 +756,14 @@ CASES: dict[str, Case] = {
         lambda: timm("mobilenetv3_small_050"),
         matching(r"(?P<parent>blocks\.\d\.\d)\.drop_path", lambda block: getattr(block, "has_skip", False)),
         7,
-        "blocks.0.0",
+        "blocks.1.0",  # the block before has no skip, nor has any other of its class: it belongs to the stem
         library="timm",
     ),
     "timm efficientnet_lite": Case(
         lambda: timm("efficientnet_lite0"),
         matching(r"(?P<parent>blocks\.\d\.\d)\.drop_path", residual("has_skip")),
         9,
-        "blocks.0.0",
+        "blocks.1.0",  # the block before has no skip, nor has any other of its class: it belongs to the stem
         library="timm",
     ),
     "timm mixer": Case(

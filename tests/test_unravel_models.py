@@ -420,7 +420,7 @@ SWAPS = {
     "decoder": ("blocks.0", "blocks.2"),
     "decoder-parallel": ("blocks.0", "blocks.1"),
     "torchvision resnet18": ("layer1.0", "layer1.1"),
-    "torchvision resnet50": ("layer3.2", "layer3.5"),
+    "torchvision resnet50": ("layer3.1", "layer3.2"),
     "torchvision vit": ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_2"),
     "torchvision convnext": ("features.1.0", "features.1.1"),
     "torchvision efficientnet": ("features.2.1", "features.2.2"),
