@@ -1,6 +1,9 @@
 """The parts of `unravel` on small networks, against values computed by hand; whole architectures are elsewhere."""
 
 import copy
+import functools
+import importlib
+import inspect
 import subprocess
 import sys
 import warnings
@@ -8,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import unravelling
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -663,3 +667,84 @@ def test_labels_are_shifted_as_the_own_loss_of_a_causal_language_model_does():
         chain = unravel_again(model, batch)
         inputs, labels = inputs_and_labels(chain, batch | {"labels": ids})
         assert cross_entropy(chain(inputs), labels).item() == pytest.approx(expected.item(), rel=1e-5), cls
+
+
+# ---------------------------------------------------------------- units that no class tells
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_encoder_layers_of_pytorch(norm_first, whole):
+    class Encoder(Net):
+        def __init__(self):
+            super().__init__(blocks=0)
+            layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, norm_first=norm_first)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x):
+            y = self.stem(x)
+            for layer in [self.encoder] if whole else self.encoder.layers:
+                y = layer(y)
+            return self.head(y)
+
+    x = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(6))
+    table = unravel(seeded(Encoder), x).verify(x).set_index("check")
+    assert table.compared["deletion"] == table["of"]["deletion"] == 4
+
+
+def test_a_transition_is_a_unit_that_changes_the_shape_of_its_state():
+    class Projected(nn.Module):
+        def __init__(self, width, wider):
+            super().__init__()
+            self.shortcut, self.linear = nn.Linear(width, wider, bias=False), nn.Linear(width, wider)
+
+        def forward(self, y):
+            return self.shortcut(y) + torch.tanh(self.linear(y))
+
+    model = nn.Sequential(Projected(4, 4), Block(4), Projected(4, 6), Block(6), nn.Linear(6, 5)).eval()
+    chain = unravel(model, X)
+    assert [unit.is_transition for unit in chain.units] == [False, False, True, False]
+    assert [unit.has_identity_skip for unit in chain.units] == [False, True, False, True]
+    assert [unit.stage for unit in chain.units] == [1, 1, 2, 2]
+
+
+def test_a_registered_block_that_takes_more_than_the_state_is_read_from_its_graph():
+    class Gated(Block):
+        def forward(self, y, gate):
+            return y + self.tanh(self.linear(self.norm(y))) * gate
+
+    class GatedNet(Net):
+        def __init__(self):
+            super().__init__(Gated)
+
+        def forward(self, x, gate):
+            y = self.stem(x)
+            for layer in self.layers:
+                y = layer(y, gate)
+            return self.head(y)
+
+    @block_units.register
+    def _(block: Gated):
+        return [Unit(nn.Sequential(block.norm, block.linear, block.tanh))]
+
+    model, gate = seeded(GatedNet), torch.linspace(0.5, 1.5, 8)[:, None]
+    with pytest.warns(UserWarning, match=r"layers\.0 is called with more than its state"):
+        chain = unravel(model, (X, gate))
+    assert len(chain) == 3
+    for g in (gate, gate.flip(0)):
+        assert torch.equal(chain((X, g)), model(X, g))
+
+
+def test_names_of_modules_and_of_functions_are_apart():
+    for name in ("from_model", "tracing", "tracing.trace", "tracing.reading", "tracing.parts", "verify"):
+        assert inspect.ismodule(importlib.import_module(f"unravelling.{name}"))
+        assert inspect.ismodule(functools.reduce(getattr, name.split("."), unravelling))
+    assert inspect.isfunction(unravelling.unravel)
+
+
+def test_modules_import_lower_floors_alone():
+    floors = ["chain", "batches", "tracing.trace", "tracing.reading", "tracing.parts", "verify", "from_model"]
+    for floor, name in enumerate(floors):
+        module = importlib.import_module(f"unravelling.{name}")
+        taken = {getattr(value, "__module__", None) for value in vars(module).values()}
+        assert taken.isdisjoint(f"unravelling.{higher}" for higher in floors[floor + 1 :])
