@@ -488,12 +488,17 @@ class Gate(nn.Module):
         return out if self.gradient == 1 else out.detach() + self.gradient * (out - out.detach())
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its parameters and buffers, so that it costs next to nothing."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
 def edited(
     case: Case, model: nn.Module, units: Iterable[int], *, value: float = 1.0, gradient: float = 1.0
 ) -> nn.Module:
     """Return a copy of a model in which the branches of some residual units, and what they pass back, are scaled."""
     branches = case.branches(model)
-    model = copy.deepcopy(model)
+    model = twin(model)
     for unit in units:
         for name in branches[unit]:
             model.set_submodule(name, Gate(model.get_submodule(name), value, gradient))
@@ -581,7 +586,7 @@ TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 def small_transformer(**more) -> dict:
-    sizes = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     return sizes | {"intermediate_size": 32, "max_position_embeddings": 16} | TOKENS | more
 
 
@@ -620,9 +625,9 @@ CASES: dict[str, Case] = {
         lambda: torchvision("resnet18"), matching(r"layer\d\.\d\.bn2"), 8, "layer1.0", library="torchvision"
     ),
     "torchvision resnet50": Case(
-        lambda: torchvision("resnet50", width_per_group=16),
+        lambda: _torchvision_resnet("Bottleneck", [1, 2, 3, 1], width_per_group=16),  # fewer blocks, of all kinds
         matching(r"layer\d\.\d\.bn3"),
-        16,
+        7,
         "layer1.0",
         library="torchvision",
     ),
@@ -751,14 +756,14 @@ CASES: dict[str, Case] = {
         lambda: timm("mobilenetv3_small_050"),
         matching(r"(?P<parent>blocks\.\d\.\d)\.drop_path", lambda block: getattr(block, "has_skip", False)),
         7,
-        "blocks.0.0",
+        "blocks.1.0",  # the block before has no skip, nor has any other of its class: it belongs to the stem
         library="timm",
     ),
     "timm efficientnet_lite": Case(
         lambda: timm("efficientnet_lite0"),
         matching(r"(?P<parent>blocks\.\d\.\d)\.drop_path", residual("has_skip")),
         9,
-        "blocks.0.0",
+        "blocks.1.0",  # the block before has no skip, nor has any other of its class: it belongs to the stem
         library="timm",
     ),
     "timm mixer": Case(
@@ -784,10 +789,10 @@ CASES: dict[str, Case] = {
     # transformers
     "transformers gpt2": Case(
         lambda: transformer(
-            "GPT2LMHeadModel", {"vocab_size": 11, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16} | TOKENS
+            "GPT2LMHeadModel", {"vocab_size": 11, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16} | TOKENS
         ),
         matching(r"transformer\.h\.\d\.(attn\.resid_dropout|mlp)"),
-        6,
+        4,
         "transformer.h.0",
         vocabulary=11,
         library="transformers",
@@ -795,7 +800,7 @@ CASES: dict[str, Case] = {
     "transformers llama": Case(
         lambda: transformer("LlamaForCausalLM", small_transformer(num_key_value_heads=2)),
         matching(r"model\.layers\.\d\.(self_attn\.o_proj|mlp)"),
-        6,
+        4,
         "model.layers.0",
         vocabulary=11,
         library="transformers",
@@ -804,9 +809,9 @@ CASES: dict[str, Case] = {
     "transformers gpt_neox": Case(
         lambda: transformer("GPTNeoXForCausalLM", small_transformer()),
         lambda model: [
-            (f"gpt_neox.layers.{i}.post_attention_dropout", f"gpt_neox.layers.{i}.post_mlp_dropout") for i in range(3)
+            (f"gpt_neox.layers.{i}.post_attention_dropout", f"gpt_neox.layers.{i}.post_mlp_dropout") for i in range(2)
         ],
-        3,
+        2,
         "gpt_neox.layers.0",
         vocabulary=11,
         library="transformers",
@@ -814,14 +819,14 @@ CASES: dict[str, Case] = {
     "transformers vit": Case(
         lambda: transformer("ViTForImageClassification", small_transformer(image_size=32, patch_size=8, num_labels=10)),
         matching(r"vit\.layers\.\d\.(attention\.o_proj|mlp)"),
-        6,
+        4,
         "vit.layers.0",
         library="transformers",
     ),
     "transformers bert": Case(
         lambda: transformer("BertForSequenceClassification", small_transformer(num_labels=10)),
         matching(r"bert\.encoder\.layer\.\d\.(attention\.)?output\.dropout"),
-        6,
+        4,
         "bert.encoder.layer.0",
         vocabulary=11,
         library="transformers",

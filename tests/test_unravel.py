@@ -1,6 +1,9 @@
 """The parts of `unravel` on small networks, against values computed by hand; whole architectures are elsewhere."""
 
 import copy
+import functools
+import importlib
+import inspect
 import subprocess
 import sys
 import warnings
@@ -8,11 +11,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import unravelling
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from unravelling import Chain, Unit, block_units, delete_each, delete_random, gradient_by_length, reorder, unravel
-from unravelling.chain import NoSkip, inputs_and_labels
+from unravelling.batches import inputs_and_labels
+from unravelling.chain import NoSkip
+from unravelling.from_model import Call
 from unravelling.lesion import evaluate_variants, reestimate_batch_norm, score, summarize, variant_logits
 from unravelling.paths import cross_entropy, gradient_norms, mean_length
 from unravelling.tracing.trace import Unsupported
@@ -486,3 +492,259 @@ def test_batch_norm_as_a_function_cannot_be_estimated_anew():
 
     with pytest.raises(ValueError, match="register"):
         reestimate_batch_norm(unravel(seeded(Functional), X), [(X, Y)])
+
+
+# ---------------------------------------------------------------- gradients, and what verify can tell
+
+
+class Doubled(torch.autograd.Function):
+    """The identity, whose gradient is not its own."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+class OwnBackward(Block):
+    def forward(self, y):
+        return y + self.tanh(Doubled.apply(self.linear(self.norm(y))))
+
+
+class WithoutGradient(Block):
+    def forward(self, y):
+        with torch.no_grad():
+            z = self.norm(y)
+        return y + self.tanh(self.linear(z))
+
+
+def test_a_chain_with_other_gradients_is_not_handed_over():
+    with pytest.raises(Unsupported, match=r"gradient at the .* differs by .* block_units"):
+        unravel(seeded(Net, OwnBackward), X)
+
+
+def test_a_part_without_gradient_stays_without_one():
+    chain = unravel(seeded(Net, WithoutGradient), X)
+    assert chain.traced_by == "torch.export", "torch.fx loses it"
+    table = chain.verify(X)
+    assert (table.equal == table.compared).all()
+
+
+def test_a_registered_block_keeps_a_backward_pass_of_its_own():
+    class Registered(OwnBackward):
+        pass
+
+    @block_units.register
+    def _(block: Registered):
+        return [Unit(Call(block, lambda b, y: b.tanh(Doubled.apply(b.linear(b.norm(y))))))]
+
+    model = seeded(Net, Registered)
+    table = unravel(model, X).verify(X)
+    assert (table.equal == table.compared).all()
+
+
+class Attending(nn.Module):
+    """Attention beside an MLP, added from left to right, which a chain does in another order."""
+
+    def __init__(self, width=6, dtype=torch.float32):
+        super().__init__()
+        self.query, self.key, self.value, self.mlp = (nn.Linear(width, width, dtype=dtype) for _ in range(4))
+        self.dtype = dtype
+
+    def forward(self, y):
+        z = y.to(self.dtype)
+        attended = F.scaled_dot_product_attention(self.query(z), self.key(z), self.value(z))
+        return y + attended.to(y.dtype) + torch.tanh(self.mlp(z)).to(y.dtype)
+
+
+def test_verify_passes_where_a_gradient_is_zero_but_for_rounding():
+    """The gradient at a key's bias is zero: softmax does not change when a constant is added."""
+    model, x = seeded(Net, Attending, blocks=6), torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(6))
+    logits = model(x)
+    whole = torch.autograd.grad(logits.sum(), model.stem.bias, retain_graph=True)[0]
+    of_biases = torch.autograd.grad(logits.sum(), [layer.key.bias for layer in model.layers])
+    assert max(g.abs().max() for g in of_biases) < 1e-5 * whole.abs().max()
+    table = unravel(model, x).verify(x).set_index("check")
+    assert table.equal["gradient at the parameters"] < table.compared["gradient at the parameters"]
+
+
+def test_verify_allows_what_the_lowest_precision_within_does():
+    model = seeded(Net, lambda width: Attending(width, torch.bfloat16), blocks=4)
+    x = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(6))
+    table = unravel(model, x).verify(x)
+    assert (table.tolerance == 0.05).all()
+    chain = unravel(model, x)
+    chain.units[1] = chain.units[1].scaled(1.5)
+    with pytest.raises(ValueError, match="differs"):
+        chain.verify(x)
+
+
+def test_verify_says_how_many_deletions_it_could_not_compare():
+    model, (batch, _) = seeded(Masked), tokens()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = unravel(model, batch).verify(batch).set_index("check").loc["deletion"]
+    assert (row.compared, row["of"], row.equal) == (0, 2, 0)
+    assert np.isnan(row.difference)
+    assert "no module" in row.reason
+    assert unravel(seeded(Net), X).verify(X).set_index("check")["of"]["deletion"] == 3
+
+
+# ---------------------------------------------------------------- examples
+
+
+class Shifted(Net):
+    """A second input of one row for the whole batch, and sizes as numbers, so that only torch.export can trace it."""
+
+    def forward(self, x, row):
+        y = self.stem(x).reshape(x.shape[0], int(x.shape[1]) + 2) + row
+        for layer in self.layers:
+            y = layer(y)
+        return self.head(y)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_input_of_one_row_beside_a_batch(batch):
+    model, row = seeded(Shifted), torch.randn(1, 6, generator=torch.Generator().manual_seed(4))
+    with pytest.warns(UserWarning, match="several inputs"):
+        chain = unravel(model, (X[:batch], row))
+    assert chain.traced_by == "torch.export"
+    assert torch.equal(chain((X[:batch], row)), model(X[:batch], row))
+    if batch > 1:
+        assert torch.equal(chain((X[:5], row)), model(X[:5], row))
+    else:  # the row may be the only one because the batch is of one
+        with pytest.raises(ValueError, match=r"row has size \(1, 6\).* the same batch"):
+            chain((X[:5], row))
+        rows = row.expand(5, 6)
+        assert torch.equal(chain((X[:5], rows)), model(X[:5], rows))
+
+
+def test_tracing_leaves_no_mark_on_the_example():
+    class Constant(Net):
+        def forward(self, x):
+            return super().forward(x).reshape(int(x.shape[0]), -1)
+
+    x = X.clone()
+    unravel(seeded(Constant), x)
+    assert vars(x) == {}
+    assert torch.equal(x, X)
+    torch.export.export(seeded(Net), (x,), strict=False)
+
+
+# ---------------------------------------------------------------- language models of a library
+
+
+def gpt2(cls=None):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0)
+    config.eos_token_id = config.pad_token_id = 0
+    return seeded(cls or transformers.GPT2LMHeadModel, config)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.model = pytest.importorskip("transformers").GPT2LMHeadModel(config)
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+
+def test_labels_are_shifted_as_the_own_loss_of_a_causal_language_model_does():
+    transformers = pytest.importorskip("transformers")
+
+    class Mine(transformers.GPT2LMHeadModel):
+        pass
+
+    ids = tokens()[0]["input_ids"]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for cls in (transformers.GPT2LMHeadModel, Mine, Wrapper):
+        model = gpt2(cls)
+        expected = getattr(model, "model", model)(**batch, labels=ids).loss
+        chain = unravel_again(model, batch)
+        inputs, labels = inputs_and_labels(chain, batch | {"labels": ids})
+        assert cross_entropy(chain(inputs), labels).item() == pytest.approx(expected.item(), rel=1e-5), cls
+
+
+# ---------------------------------------------------------------- units that no class tells
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_encoder_layers_of_pytorch(norm_first, whole):
+    class Encoder(Net):
+        def __init__(self):
+            super().__init__(blocks=0)
+            layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, norm_first=norm_first)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x):
+            y = self.stem(x)
+            for layer in [self.encoder] if whole else self.encoder.layers:
+                y = layer(y)
+            return self.head(y)
+
+    x = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(6))
+    table = unravel(seeded(Encoder), x).verify(x).set_index("check")
+    assert table.compared["deletion"] == table["of"]["deletion"] == 4
+
+
+def test_a_transition_is_a_unit_that_changes_the_shape_of_its_state():
+    class Projected(nn.Module):
+        def __init__(self, width, wider):
+            super().__init__()
+            self.shortcut, self.linear = nn.Linear(width, wider, bias=False), nn.Linear(width, wider)
+
+        def forward(self, y):
+            return self.shortcut(y) + torch.tanh(self.linear(y))
+
+    model = nn.Sequential(Projected(4, 4), Block(4), Projected(4, 6), Block(6), nn.Linear(6, 5)).eval()
+    chain = unravel(model, X)
+    assert [unit.is_transition for unit in chain.units] == [False, False, True, False]
+    assert [unit.has_identity_skip for unit in chain.units] == [False, True, False, True]
+    assert [unit.stage for unit in chain.units] == [1, 1, 2, 2]
+
+
+def test_a_registered_block_that_takes_more_than_the_state_is_read_from_its_graph():
+    class Gated(Block):
+        def forward(self, y, gate):
+            return y + self.tanh(self.linear(self.norm(y))) * gate
+
+    class GatedNet(Net):
+        def __init__(self):
+            super().__init__(Gated)
+
+        def forward(self, x, gate):
+            y = self.stem(x)
+            for layer in self.layers:
+                y = layer(y, gate)
+            return self.head(y)
+
+    @block_units.register
+    def _(block: Gated):
+        return [Unit(nn.Sequential(block.norm, block.linear, block.tanh))]
+
+    model, gate = seeded(GatedNet), torch.linspace(0.5, 1.5, 8)[:, None]
+    with pytest.warns(UserWarning, match=r"layers\.0 is called with more than its state"):
+        chain = unravel(model, (X, gate))
+    assert len(chain) == 3
+    for g in (gate, gate.flip(0)):
+        assert torch.equal(chain((X, g)), model(X, g))
+
+
+def test_names_of_modules_and_of_functions_are_apart():
+    for name in ("from_model", "tracing", "tracing.trace", "tracing.reading", "tracing.parts", "verify"):
+        assert inspect.ismodule(importlib.import_module(f"unravelling.{name}"))
+        assert inspect.ismodule(functools.reduce(getattr, name.split("."), unravelling))
+    assert inspect.isfunction(unravelling.unravel)
+
+
+def test_modules_import_lower_floors_alone():
+    floors = ["chain", "batches", "tracing.trace", "tracing.reading", "tracing.parts", "verify", "from_model"]
+    for floor, name in enumerate(floors):
+        module = importlib.import_module(f"unravelling.{name}")
+        taken = {getattr(value, "__module__", None) for value in vars(module).values()}
+        assert taken.isdisjoint(f"unravelling.{higher}" for higher in floors[floor + 1 :])

@@ -247,13 +247,9 @@ def _first_right_chain(
                 traced = trace_symbolically(model, x, map(model.get_submodule, makers))
             else:
                 traced = trace_by_export(model, x)
-        except Unsupported as error:
-            refusal = refusal or error
-            del ways[0]
-            continue
         except Exception as error:
-            failures.append(f"{ways[0]}: {next(iter(str(error).strip().splitlines()), repr(error))}")
-            del ways[0]
+            refusal = refusal or (error if isinstance(error, Unsupported) else None)
+            failures.append(f"{ways.pop(0)}: {next(iter(str(error).strip().splitlines()), repr(error))}")
             continue
         try:
             reading, stretches, found = read(model, traced, makers, by_hand)
@@ -263,12 +259,11 @@ def _first_right_chain(
                 refuse_unequal(chain, origin, x, logits, expected)
             return chain, remarks + found
         except NotABlock as error:
-            name = error.args[0]
-            makers = {other: maker for other, maker in makers.items() if other != name}
-            remarks.append(f"{name} is called with more than its state: its graph tells its units, not its class")
+            makers = {name: maker for name, maker in makers.items() if name != str(error)}
+            remarks.append(f"{error} is called with more than its state: its graph tells its units, not its class")
         except Unsupported as error:
             refusal = refusal or error
-            del ways[0]
+            ways.pop(0)
     if refusal is not None:
         raise refusal
     hint = "" if x is not None else " Give an example input: unravel(model, x)."

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .batches import eval_mode, move
 from .chain import Chain
 from .tracing.parts import Origin
-from .tracing.trace import Unsupported, arguments, call, preserved
+from .tracing.trace import Unsupported, call, preserved
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """The largest difference allowed, as a share of the largest number compared; 0.05 for half precision."""
@@ -41,29 +42,26 @@ def difference(found: Tensor, expected: Tensor, scale: float | None = None) -> f
 
 
 def _largest(tensors: Iterable[Tensor | None]) -> float:
-    return max([t[t.isfinite()].abs().max().item() for t in tensors if t is not None and t.isfinite().any()], default=0)
+    finite = (t.detach().nan_to_num(0, 0, 0).abs().max().item() for t in tensors if t is not None and t.numel())
+    return max(finite, default=0)
 
 
 def gradients(module: nn.Module, model: nn.Module, x: Any) -> Gradients:
-    """Return the gradients of a random combination of the logits at the input and at the model's parameters.
+    """Return the gradients of a random combination of the logits at the input ``x`` and at the model's parameters.
 
-    Args:
-        module: what computes the logits, the model itself or a chain that shares its parameters.
-        model: the model.
-        x: an input as the model takes it.
+    The logits are those of ``module``: the model itself, or a chain that shares its parameters.
     """
-    args, kwargs = arguments(x)
-    tensors = {("input", str(k)): t for k, t in [*enumerate(args), *kwargs.items()] if isinstance(t, Tensor)}
-    leaves = {k: t.detach().clone().requires_grad_() for k, t in tensors.items() if t.is_floating_point()}
+    leaves: dict[tuple[str, str], Tensor] = {}
 
-    def given(key: Any, t: Any) -> Any:
-        return leaves["input", str(key)].clone() if ("input", str(key)) in leaves else t
+    def leaf(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        leaves["input", str(len(leaves))] = copy = t.detach().clone().requires_grad_()
+        return copy.clone()  # a model may overwrite its input, but not a leaf
 
-    args = tuple(given(i, t) for i, t in enumerate(args))
-    kwargs = {name: given(name, t) for name, t in kwargs.items()}
-    example = kwargs if isinstance(x, Mapping) else args if isinstance(x, (tuple, list)) else args[0]
-    leaves |= {("parameters", name): p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
+        example = tree_map(leaf, x)
+        leaves |= {("parameters", name): p for name, p in model.named_parameters() if p.requires_grad}
         logits = call(module, example) if module is model else module(example)
     if not logits.requires_grad or not leaves:
         return {}
@@ -77,7 +75,8 @@ def compared_gradients(found: Gradients, expected: Gradients) -> Iterable[tuple[
 
     A missing gradient counts as zeros.
     """
-    scales = {kind: _largest(g for (k, _), g in expected.items() if k == kind) for kind, _ in expected}
+    kinds = {kind for kind, _ in expected}
+    scales = {kind: _largest(g for (k, _), g in expected.items() if k == kind) for kind in kinds}
     for (kind, name), theirs in expected.items():
         ours = found.get((kind, name))
         some = ours if theirs is None else theirs
@@ -153,21 +152,7 @@ def first_difference(chain: Chain, origin: Origin, x: Any) -> str:
 
 
 def verify(chain: Chain, origin: Origin, x: Any, tolerance: float | None = None) -> pd.DataFrame:
-    """Compare a chain with the model it came from.
-
-    Args:
-        chain: the chain.
-        origin: where it comes from.
-        x: an input as the model takes it.
-        tolerance: the largest difference allowed, as a share of the largest number compared; by the lowest precision
-            of the model's parameters and logits when None.
-
-    Returns:
-        One row a kind of comparison: see `unravelling.from_model.Unravelled.verify`.
-
-    Raises:
-        ValueError: a difference exceeds the tolerance.
-    """
+    """Compare a chain with the model it came from; see `unravelling.from_model.Unravelled.verify`."""
     model = origin.model
     x = move(x, model)
     rows: list[tuple[str, bool, float]] = []
@@ -193,13 +178,12 @@ def verify(chain: Chain, origin: Origin, x: Any, tolerance: float | None = None)
                     found = chain.without(i)(x)
                 edited, _ = _calls(model, x, {name for name, _ in ends}, ends)
                 note("deletion", found, edited, difference(found, edited), f"of unit {i} ({chain.units[i].name})")
-    groups = pd.DataFrame(rows, columns=["check", "equal", "difference"]).groupby("check", sort=False)
-    table = groups.agg(compared=("equal", "size"), equal=("equal", "sum"), difference=("difference", "max"))
-    if "deletion" not in table.index:
-        table.loc["deletion"] = [0, 0, float("nan")]
-    table = table.astype({"compared": int, "equal": int})
-    table.insert(1, "of", [len(chain) if check == "deletion" else n for check, n in table.compared.items()])
-    why = "; ".join(origin.notes) or "the same operations in another order, or by other kernels"
-    nothing = "no module of the model returns the end of a branch alone, so that there is no edit to compare with"
-    reasons = [why if row.equal < row.compared else "" if row.compared else nothing for row in table.itertuples()]
-    return table.assign(tolerance=allowed, reason=reasons).reset_index()
+    table = []
+    for check in [*dict.fromkeys(row[0] for row in rows if row[0] != "deletion"), "deletion"]:
+        equal, gaps = [row[1] for row in rows if row[0] == check], [row[2] for row in rows if row[0] == check]
+        reason = "; ".join(origin.notes) or "the same operations in another order, or by other kernels"
+        if not equal:
+            reason = "no module returns the end of a branch alone, so that there is no edit to compare with"
+        of, worst = len(chain) if check == "deletion" else len(equal), max(gaps, default=float("nan"))
+        table.append((check, len(equal), of, sum(equal), worst, allowed, "" if equal and all(equal) else reason))
+    return pd.DataFrame(table, columns=["check", "compared", "of", "equal", "difference", "tolerance", "reason"])

@@ -69,30 +69,24 @@ class Stem(nn.Module):
     """The stem of a model with several inputs, or whose units read a context: takes a tensor, a tuple or a dict.
 
     Args:
-        code: computes y_0 and the context's values from the inputs.
-        inputs: names of the inputs.
-        used: those that the code takes.
-        context: where the values go.
-        names: of the values.
-        sizes: of inputs, as far as the code takes them for constants: it would compute something else at others.
-        shift_labels: whether the labels in a dict are the tokens themselves, to be compared with the logits before
-            them.
+        code: computes y_0 and the context's values from the ``inputs`` of these names.
+        context: where the values go, under their ``names``.
+        sizes: of inputs, numbers or names of equal sizes: the code would compute something else at others.
+        shift_labels: whether labels in a dict are the tokens themselves, to be compared with the logits before them.
     """
 
     def __init__(
         self,
         code: Code,
         inputs: Iterable[str],
-        used: Iterable[str],
         context: Context,
         names: Iterable[str],
-        sizes: Mapping[str, tuple[int | None, ...]],
+        sizes: Mapping[str, tuple[int | str, ...]],
         shift_labels: bool,
     ) -> None:
         super().__init__()
         self.code, self.context, self.sizes = code, context, dict(sizes)
-        self.inputs, self.used, self.names = tuple(inputs), tuple(used), tuple(names)
-        self.shift_labels = shift_labels
+        self.inputs, self.names, self.shift_labels = tuple(inputs), tuple(names), shift_labels
 
     def forward(self, x: Any) -> Tensor:
         """Map an input, as the model takes it, to y_0."""
@@ -104,15 +98,17 @@ class Stem(nn.Module):
                 f"this chain was made from an input with {', '.join(self.inputs)}, and this one differs in "
                 f"{', '.join(wrong) or 'their number'}: unravel the model with an example of such inputs"
             )
+        known: dict[str, int] = {}
         for name, sizes in self.sizes.items():
             found = tuple(given[name].shape)
-            if len(found) != len(sizes) or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
-                traced = ", ".join("any" if size is None else str(size) for size in sizes)
+            expected = [known.setdefault(s, f) if isinstance(s, str) else s for s, f in zip(sizes, found, strict=False)]
+            if len(found) != len(sizes) or list(found) != expected:
+                traced = ", ".join("any" if isinstance(size, str) else str(size) for size in sizes)
                 raise ValueError(
                     f"{name} has size {found}, and torch.export traced this chain for ({traced}): unravel the model "
-                    "with an example of the new size"
+                    "with an example of the new size, in which all inputs belong to the same batch"
                 )
-        result = self.code(*(given[name] for name in self.used))
+        result = self.code(*(given[name] for name in self.inputs))
         y, *values = result if isinstance(result, tuple) else (result,)
         self.context.values = dict(zip(self.names, values, strict=True))
         return y
@@ -120,24 +116,16 @@ class Stem(nn.Module):
 
 @dataclass
 class Origin:
-    """Where a chain comes from. It is not copied with the chain.
-
-    Attributes:
-        model: the model.
-        traced_by: ``"torch.fx"`` or ``"torch.export"``.
-        notes: reasons for which the chain's numbers may differ from the model's in the last bits.
-        outputs: for each unit the module, and which of its calls, that returns the next state.
-        zeros: for each unit the modules, and their calls, whose zeros delete the branch; none if there are no such.
-    """
+    """Where a chain comes from, and for each unit the modules, and which of their calls, that it is compared with."""
 
     model: nn.Module
-    traced_by: str
-    notes: list[str] = field(default_factory=list)
-    outputs: list[tuple[str, int] | None] = field(default_factory=list)
-    zeros: list[list[tuple[str, int]]] = field(default_factory=list)
+    traced_by: str  # "torch.fx" or "torch.export"
+    notes: list[str] = field(default_factory=list)  # why the chain's numbers may differ in the last bits
+    outputs: list[tuple[str, int] | None] = field(default_factory=list)  # what returns the next state
+    zeros: list[list[tuple[str, int]]] = field(default_factory=list)  # what gives zeros where the branch is deleted
 
     def __deepcopy__(self, memo: dict) -> Origin:
-        return self
+        return self  # a copy of a chain shares its origin
 
 
 def make_parts(
@@ -146,17 +134,13 @@ def make_parts(
     """Make units of the stretches, then the head, and last the stem, which has to serve them all.
 
     Args:
-        model: the model.
+        model: the model, in eval mode.
         x: the example, which tells the shapes of the states; None if there is none.
-        reading: of its graph.
-        stretches: the stretches, in order.
+        reading: of its graph, in which the ``stretches`` were found.
         makers: for the names of blocks whose units are known, what makes them.
 
     Returns:
-        Stem, units and head in eval mode, and their origin.
-
-    Raises:
-        Unsupported: a later unit needs what an earlier one computes, besides its state.
+        Stem, units and head, and their origin. Unsupported where a unit needs more of an earlier one than its state.
     """
     builder = _Builder(reading)
     origin = Origin(model, reading.traced.by)
@@ -291,34 +275,27 @@ class _Builder:
             return self.part([(state, 1.0)], self.reading.source) or nn.Identity()
         order, _ = self._slice([state, *self.carried], None)
         graph = fx.Graph()
-        copies = {node: graph.placeholder(name) for node, name in inputs.items() if node in order}
-        used = [inputs[node] for node in copies]
+        copies = {node: graph.placeholder(name) for node, name in inputs.items()}
         _copy(graph, [node for node in order if node not in copies], copies)
         carried = tuple(copies[node] for node in self.carried)
         graph.output((copies[state], *carried) if carried else copies[state])
         values = [node.name for node in self.carried]
         code = self._code(graph)
-        return Stem(code, inputs.values(), used, self.context, values, self.traced.sizes, shift_labels)
+        return Stem(code, inputs.values(), self.context, values, self.traced.sizes, shift_labels)
 
     def _slice(self, ends: Iterable[fx.Node], start: fx.Node | None) -> tuple[list[fx.Node], list[fx.Node]]:
         """Return the nodes to compute ``ends`` from ``start``, in order, and those that have to come from outside."""
-        reading = self.reading
-        first = -1 if start is None else reading.order[start]
-        inside: set[fx.Node] = set()
-        outside: set[fx.Node] = set()
+        order, latest, constant = self.reading.order, self.reading.latest, self.reading.constant
+        found: dict[fx.Node, bool] = {}
         todo = list(ends)
         while todo:
             node = todo.pop()
-            if node is start or node in inside or node in outside:
-                continue
-            here = start is None or reading.constant[node] or reading.latest[node] >= first
-            if not here or (node.op == "placeholder" and start is not None):
-                outside.add(node)
-            else:
-                inside.add(node)
-                todo.extend(node.all_input_nodes)
-        position = reading.order.__getitem__
-        return sorted(inside, key=position), sorted(outside, key=position)
+            if node is not start and node not in found:
+                later = start is None or constant[node] or latest[node] >= order[start]
+                found[node] = later and (start is None or node.op != "placeholder")
+                todo += node.all_input_nodes if found[node] else []
+        nodes = sorted(found, key=order.__getitem__)
+        return [node for node in nodes if found[node]], [node for node in nodes if not found[node]]
 
     def _modules(self, order: Sequence[fx.Node], terms: Terms, start: fx.Node) -> list[nn.Module]:
         """Return the modules that are called one after the other, if that is all that happens."""

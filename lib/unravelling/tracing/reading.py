@@ -42,61 +42,42 @@ Terms = list[tuple[fx.Node, float]]
 
 @dataclass
 class Stretch:
-    """A stretch of the stream that becomes a unit, or the several units of a block.
+    """A stretch of the stream that becomes a unit, or the several units of a block."""
 
-    Attributes:
-        start: the cut at which its ways part.
-        end: the cut at which they meet: skip + branch, or what a block or a plain layer returns.
-        owner: the call of the module whose forward computes the end; empty for the model's own.
-        skip: the terms of the sum that are the skip.
-        branch: its other terms; empty for a block and for a plain layer.
-        block: name of the module, if its units are known by its class or by hand.
-        exact: whether skip + branch are the very operands of the model's last addition.
-        state: the cut that is the state before the unit: ``start``, or before what prepares both ways.
-        post: the cut that is the state after it: ``end``, or after what follows the sum.
-        name: of the unit.
-        output: the module, and which of its calls, that returns the next state.
-        zeros: the modules, and their calls, that alone add to the stream: zeros in their place delete the branch.
-    """
-
-    start: fx.Node
-    end: fx.Node
-    owner: Key
-    skip: Terms = field(default_factory=list)
-    branch: Terms = field(default_factory=list)
-    block: str = ""
-    exact: bool = True
-    state: fx.Node = None  # type: ignore[assignment]
-    post: fx.Node = None  # type: ignore[assignment]
+    start: fx.Node  # the cut at which its ways part
+    end: fx.Node  # the cut at which they meet: skip + branch, or what a block or a plain layer returns
+    owner: Key  # the call whose forward computes the end; empty for the model's own
+    skip: Terms = field(default_factory=list)  # the terms of the sum that are the skip
+    branch: Terms = field(default_factory=list)  # its other terms; empty for a block and for a plain layer
+    block: str = ""  # name of the module, if its units are known by its class or by hand
+    exact: bool = True  # whether skip + branch are the very operands of the model's last addition
+    state: fx.Node = None  # type: ignore[assignment]  # the cut before the unit, and before what prepares both ways
+    post: fx.Node = None  # type: ignore[assignment]  # the cut after it, and after what follows the sum
     name: str = ""
-    output: tuple[str, int] | None = None
-    zeros: list[tuple[str, int]] = field(default_factory=list)
+    output: tuple[str, int] | None = None  # the module, and which of its calls, that returns the next state
+    zeros: list[tuple[str, int]] = field(default_factory=list)  # those whose zeros delete the branch
 
     def __post_init__(self) -> None:
         self.state, self.post = self.start, self.end
 
 
 class NotABlock(Exception):
-    """A registered block that is called in an unusual way, so that its graph has to tell."""
+    """A registered block, by its name, that is called with more than its state, so that its graph has to tell."""
 
 
 def read(
     model: nn.Module, traced: Traced, blocks: Collection[str], by_hand: Sequence[str] | None
 ) -> tuple[Reading, list[Stretch], list[str]]:
-    """Divide a model's stream into stretches.
+    """Divide a traced model's stream into stretches.
 
     Args:
         model: the model.
         traced: its graph.
-        blocks: names of modules whose units are known.
+        blocks: names of modules whose units are known; NotABlock is raised for one that takes more than the state.
         by_hand: names of the modules that are the units, if a user named them.
 
     Returns:
-        The reading of the graph, the stretches in order, and what a user should be told.
-
-    Raises:
-        Unsupported: there is no stretch that could be a unit.
-        NotABlock: one of ``blocks`` takes more than the state; its argument is the name.
+        The reading of the graph, the stretches in order, and what a user should be told. Unsupported if none is found.
     """
     reading = Reading(traced)
     stretches = _blocks(reading, blocks)
@@ -293,9 +274,11 @@ def _takes_the_state_alone(reading: Reading, key: Key) -> bool:
     """Whether a call of a block has no other argument than the state that could matter, and returns one tensor."""
     inside = reading.calls[key]
     for node in inside:
-        if node.op == "call_module" and reading.owner(node) == key:  # the block itself, not looked into
-            if any(value is not None and value is not False for value in [*node.args[1:], *node.kwargs.values()]):
-                return False
+        others = [
+            value for value in [*node.args[1:], *node.kwargs.values()] if value is not None and value is not False
+        ]
+        if others and node.op == "call_module" and reading.owner(node) == key:  # the block itself, not looked into
+            return False
         for arg in node.all_input_nodes:
             foreign = arg not in inside and arg not in reading.active
             if foreign and not reading.constant[arg] and not name_of(arg).startswith("sym_"):
@@ -349,7 +332,8 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
         weights = [len(reading.weights(way)) for way in ways]
         skips = [i for i, weight in enumerate(weights) if weight == min(weights)]
         if len(skips) != 1:
-            skips = [i for i, way in enumerate(ways) if any(_called_skip(reading, node) for node in way)]
+            names = [{n.rpartition(".")[2].lower() for node in way for _, n in reading.stacks[node]} for way in ways]
+            skips = [i for i, own in enumerate(names) if any(word in name for name in own for word in SKIPS)]
         if len(skips) != 1:
             return None
     branches = [i for i in range(len(terms)) if i not in skips]
@@ -367,11 +351,6 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
         if not exact and [(operand, factor)] == skip and abs(factor) == abs(sign) == 1:
             branch, exact = [(other, sign)], True
     return Stretch(start, end, reading.owner(end), skip, branch, exact=exact)
-
-
-def _called_skip(reading: Reading, node: fx.Node) -> bool:
-    names = [name.rpartition(".")[2].lower() for _, name in reading.stacks[node]]
-    return any(word in name for name in names for word in SKIPS)
 
 
 def _inner_sums(reading: Reading, start: fx.Node, end: fx.Node) -> int:

@@ -21,13 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..batches import LABELS
 
-OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.imatmul: operator.matmul,
-}
+IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul}
 
 
 class Unsupported(ValueError):
@@ -46,16 +40,14 @@ def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def logits_of(output: Any) -> Any:
     """Return the logits in a model's output: itself, its ``logits`` or ``out``, or its first entry."""
+    if isinstance(output, (Tensor, fx.Node)):
+        return output
     for name in ("logits", "out"):
-        if isinstance(output, Mapping) and name in output:
-            return output[name]
-        if not isinstance(output, (Tensor, fx.Node)) and hasattr(output, name):
-            return getattr(output, name)
-    if isinstance(output, (tuple, list)) and output:
-        return logits_of(output[0])
-    if isinstance(output, Mapping) and output:
-        return logits_of(next(iter(output.values())))
-    return output
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if found is not None:
+            return found
+    entries = list(output.values()) if isinstance(output, Mapping) else output
+    return logits_of(entries[0]) if isinstance(entries, (tuple, list)) and entries else output
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -103,25 +95,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Traced:
-    """A model as a graph of operations, and where the modules, parameters and buffers are that its nodes name.
-
-    Attributes:
-        graph: the operations.
-        lookup: returns what a node's target names.
-        inputs: the placeholders of the example's arguments, and the names of those.
-        output: the node of the logits.
-        by: ``"torch.fx"`` or ``"torch.export"``.
-        sizes: of inputs, as far as tracing took them for constants; None stands for any size.
-        replaced: copies of layers in place that do not work in place.
-    """
+    """A model as a graph of operations, and where the modules, parameters and buffers are that its nodes name."""
 
     graph: fx.Graph
-    lookup: Callable[[str], Any]
-    inputs: dict[fx.Node, str]
-    output: fx.Node
-    by: str
-    sizes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
-    replaced: dict[str, nn.Module] = field(default_factory=dict)
+    lookup: Callable[[str], Any]  # returns what a node's target names
+    inputs: dict[fx.Node, str]  # the placeholders of the example's arguments, and the names of those
+    output: fx.Node  # the logits
+    by: str  # "torch.fx" or "torch.export"
+    sizes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)  # of inputs: fixed, or a name for equal ones
+    replaced: dict[str, nn.Module] = field(default_factory=dict)  # copies of layers in place, which are not
 
     def get(self, target: Any) -> Any:
         """Return the module, parameter or buffer that a node's target names."""
@@ -154,12 +136,9 @@ class _Tracer(fx.Tracer):
 
 
 def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) -> Traced:
-    """Trace a model with torch.fx.
+    """Trace a model with torch.fx; ``leaves`` become one operation each.
 
-    Args:
-        model: the model, in eval mode.
-        x: an example, which tells the arguments; all others keep their defaults. None: those without a default.
-        leaves: modules that become one operation each.
+    The example ``x`` tells the arguments, and all others keep their defaults; None stands for those without a default.
     """
     signature = inspect.signature(model.forward)
     kinds = {parameter.kind for parameter in signature.parameters.values()}
@@ -215,7 +194,7 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
             traced = _export(model, *doubled)
         except Exception:
             return _export(model, *given)
-        if all(sizes[0] is None for sizes in traced.sizes.values()):
+        if not any(isinstance(sizes[0], int) for sizes in traced.sizes.values()):
             return traced
     return _export(model, *given)
 
@@ -230,12 +209,15 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
         return dict.fromkeys(dims, torch.export.Dim.AUTO)
 
     names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    with _quiet("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export.non_strict_utils"):
-        try:
-            shapes = {name: free_sizes(t) for name, t in zip(names, [*args, *kwargs.values()], strict=True)}
-            program = torch.export.export(model, *_copied((args, kwargs)), dynamic_shapes=shapes, strict=False)
-        except Exception:
-            program = torch.export.export(model, *_copied((args, kwargs)), strict=False)
+    before = logging.root.manager.disable
+    logging.disable()  # a failure is told by its exception
+    try:
+        shapes = {name: free_sizes(t) for name, t in zip(names, [*args, *kwargs.values()], strict=True)}
+        program = torch.export.export(model, *_copied((args, kwargs)), dynamic_shapes=shapes, strict=False)
+    except Exception:
+        program = torch.export.export(model, *_copied((args, kwargs)), strict=False)
+    finally:
+        logging.disable(before)
     module = program.module()
     with torch.no_grad():
         output = model(*args, **kwargs)
@@ -252,24 +234,11 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     for node in nodes:
         if isinstance(node.meta.get("val"), Tensor):
             node.meta["shape"] = shape = node.meta["val"].shape
-            if node in inputs and any(map(is_concrete_int, shape)):
-                sizes[inputs[node]] = tuple(int(size) if is_concrete_int(size) else None for size in shape)
+            if node in inputs and (len(inputs) > 1 or any(map(is_concrete_int, shape))):
+                sizes[inputs[node]] = tuple(int(size) if is_concrete_int(size) else str(size) for size in shape)
     lookup = operator.attrgetter
     traced = Traced(module.graph, lambda t: lookup(t)(module), inputs, results[position], "torch.export", sizes)
     return _out_of_place(traced)
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Silence loggers: a failure is told by its exception."""
-    before = {logging.getLogger(name): logging.getLogger(name).disabled for name in names}
-    for logger in before:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, disabled in before.items():
-            logger.disabled = disabled
 
 
 def _drop_casts(graph: fx.Graph) -> None:
@@ -304,8 +273,8 @@ def _out_of_place(traced: Traced) -> Traced:
             other.__dict__ = dict(vars(module), inplace=False)
         elif node.kwargs.get("inplace"):
             node.kwargs = dict(node.kwargs, inplace=False)
-        elif node.target in OUT_OF_PLACE:
-            node.target = OUT_OF_PLACE[node.target]
+        elif node.target in IN_PLACE:
+            node.target = getattr(operator, name[1:])
         elif node.target is operator.setitem or (mutable and name in ("copy_", "fill_")):
             if base.op == "get_attr":
                 continue  # a buffer
