@@ -490,11 +490,45 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(ru
 
 
 @needs_snakemake
-@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
-def test_the_profiles_of_clusters_are_understood(profile, tmp_path):
-    if importlib.util.find_spec(f"snakemake_executor_plugin_{profile}") is None:
-        pytest.skip(f"the executor plugin for {profile} is not installed: see experiments/requirements.txt")
+@pytest.mark.parametrize(("profile", "plugin"), [("slurm", "slurm"), ("kubernetes", "cluster_generic")])
+def test_the_profiles_of_clusters_are_understood(profile, plugin, tmp_path):
+    if importlib.util.find_spec(f"snakemake_executor_plugin_{plugin}") is None:
+        pytest.skip(f"Snakemake's executor {plugin} is not installed: see experiments/requirements.txt")
     started = snakemake(tmp_path, "--workflow-profile", str(ROOT / "experiments/profiles" / profile), "--dry-run")
     said, _ = started.communicate(timeout=240)
     assert started.returncode == 0, said
-    assert "gpu=1" in said
+    assert said.count("gpu=1") == 4, said  # trainings and measurements
+
+
+@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
+def test_clusters_differ_from_one_machine_in_where_jobs_run_alone(profile):
+    here, there = (
+        yaml.safe_load((ROOT / f"experiments/profiles/{name}/config.yaml").read_text()) for name in ("default", profile)
+    )
+    shared = set(here) - {"cores", "quiet"}
+    assert {name: there[name] for name in shared} == {name: here[name] for name in shared}
+
+
+def test_a_pod_runs_the_script_of_a_job(tmp_path):
+    script, kubectl = ROOT / "experiments/profiles/kubernetes/pod.sh", tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ $1 = create ] && cat > {tmp_path}/pod; printf Failed\n'
+    )
+    kubectl.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNRAVELLING_DATA": "/net/images"}
+
+    def pod(*words):
+        command = [script, *words]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    name = pod("submit", "train", "2", "8000", "1", "/net/it's a job.sh")
+    asked = yaml.safe_load((tmp_path / "pod").read_text())
+    (container,) = asked["spec"]["containers"]
+    assert asked["metadata"]["name"] == name
+    assert container["command"] == ["bash", "/net/it's a job.sh"]
+    assert container["workingDir"] == str(tmp_path)
+    assert container["resources"] == {"requests": {"cpu": 2, "memory": "8000M"}, "limits": {"nvidia.com/gpu": 1}}
+    assert pod("status", name) == "failed"
+    assert f"delete pod {name}" in (tmp_path / "asked").read_text()
