@@ -258,6 +258,25 @@ def test_orders_that_do_not_fit(order, error, message):
     assert snapshot(chain) == before
 
 
+def test_a_unit_moves_with_a_skip_that_keeps_the_shape():
+    """A projection of equal shape is no identity, and no reason to stay."""
+    torch.manual_seed(0)
+    units = [Unit(nn.Linear(3, 3), nn.Linear(3, 3)), Unit(nn.Linear(3, 3)), Unit(nn.Linear(3, 4), nn.Linear(3, 4))]
+    chain, x = Chain(nn.Identity(), units, nn.Identity()), torch.randn(2, 3)
+    y = units[1](x)
+    assert torch.equal(chain.reordered([1, 0, 2])(x), units[2](units[0](y)))
+    with pytest.raises(ValueError, match="unit 2 changes the shape of its input: leave it at position 2"):
+        chain.reordered([0, 2, 1])
+
+
+def test_a_unit_without_a_skip_is_refused_without_a_call(monkeypatch):
+    monkeypatch.setattr(NoSkip, "forward", lambda self, y: pytest.fail("a module was called to raise its error"))
+    unit = Unit(nn.Linear(3, 4), NoSkip("block3"), residual=False)
+    with pytest.raises(ValueError, match=r"^the unit block3 has no skip and changes the shape of its state"):
+        unit.deleted()
+    assert not unit.can_be_deleted
+
+
 def test_a_deleted_transition_stays_where_it_is():
     chain = resnet(14, width=2, in_channels=1).without(2)
     with pytest.raises(ValueError, match="unit 2 changes the shape of its input"):

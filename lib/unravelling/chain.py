@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -36,10 +37,9 @@ class NoSkip(nn.Module):
 
     def error(self) -> ValueError:
         """Return the error that says why the unit cannot be deleted."""
-        return ValueError(
-            f"the unit {self.name or 'without a name'} has no skip and changes the shape of its state: nothing is left "
-            "in its place when it is deleted. Leave it in, or give it a skip"
-        )
+        name = self.name or "without a name"
+        reason = "has no skip and changes the shape of its state: nothing is left in its place when it is deleted"
+        return ValueError(f"the unit {name} {reason}. Leave it in, or give it a skip")
 
     def forward(self, y: Tensor) -> Tensor:
         """Raise ValueError."""
@@ -200,12 +200,9 @@ class Chain(nn.Module):
     def reordered(self, order: Sequence[int]) -> Chain:
         """Return a chain whose i-th unit is unit ``order[i]`` of this one (section 4.3 of Veit et al., 2016).
 
-        Args:
-            order: a permutation of 0 … n-1 that moves no transition unit and keeps every other one in its stage.
-
         Raises:
             IndexError: a unit does not exist.
-            ValueError: ``order`` is not a permutation, or moves a unit to where its shape does not fit.
+            ValueError: ``order`` is no permutation of 0 … n-1, moves a transition unit, or one into another stage.
         """
         return self.with_units(self.units[i] for i in self.check_order(order))
 
@@ -217,13 +214,13 @@ class Chain(nn.Module):
 
     def check_indices(self, indices: Sequence[int]) -> list[int]:
         """Return ``indices`` as a list, or raise IndexError for a missing and ValueError for a repeated unit."""
+        checked: list[int] = []
         for i in indices:
             if isinstance(i, bool) or int(i) != i or not 0 <= i < len(self):
                 raise IndexError(f"unit {i} does not exist: this chain has units 0 to {len(self) - 1}")
-        checked = [int(i) for i in indices]
-        if len(set(checked)) < len(checked):
-            repeated = min(i for i in checked if checked.count(i) > 1)
-            raise ValueError(f"unit {repeated} is named more than once: name each unit once")
+            if i in checked:
+                raise ValueError(f"unit {i} is named more than once: name each unit once")
+            checked.append(int(i))
         return checked
 
     def check_order(self, order: Sequence[int]) -> list[int]:
@@ -237,19 +234,14 @@ class Chain(nn.Module):
                 moved = i if unit.is_transition else position
                 raise ValueError(f"unit {moved} changes the shape of its input: leave it at position {moved}")
             if unit.stage != here.stage:
-                raise ValueError(
-                    f"unit {i} belongs to stage {unit.stage} and does not fit at position {position}, which is in "
-                    f"stage {here.stage}: move units within their stage only"
-                )
+                place = f"at position {position}, which is in stage {here.stage}: move units within their stage only"
+                raise ValueError(f"unit {i} belongs to stage {unit.stage} and does not fit {place}")
         return checked
 
     def __repr__(self) -> str:
         """One line: kind, units a stage, deleted units and parameters."""
-        stages: dict[int, int] = {}
-        for unit in self.units:
-            stages[unit.stage] = stages.get(unit.stage, 0) + 1
+        stages = "+".join(map(str, Counter(unit.stage for unit in self.units).values()))
         gone = [i for i, unit in enumerate(self.units) if unit.is_deleted]
         name = self.config["name"] if self.config else "chain"
         million = sum(p.numel() for p in self.parameters()) / 1e6
-        lesion = f", deleted {gone}" if gone else ""
-        return f"{name}: {len(self)} units ({'+'.join(map(str, stages.values()))}){lesion}, {million:.2f} M parameters"
+        return f"{name}: {len(self)} units ({stages}){f', deleted {gone}' * bool(gone)}, {million:.2f} M parameters"

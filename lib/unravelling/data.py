@@ -347,7 +347,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def checksum(content: Any) -> str:
-    """Return the SHA-256, in hexadecimal, of tensors, numbers and texts in dicts, lists and tuples."""
+    """Return the SHA-256, in hexadecimal, of tensors, numbers and texts in dicts (in any order), lists and tuples."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -355,7 +355,7 @@ def checksum(content: Any) -> str:
             digest.update(f"{value.dtype} {tuple(value.shape)};".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
-            add([*value.items()])
+            add(sorted(value.items(), key=lambda item: str(item[0])))
         elif isinstance(value, (list, tuple)):
             digest.update(f"{len(value)} parts;".encode())
             for part in value:

@@ -152,11 +152,10 @@ def score(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
     logits = logits.astype(float)
     ignored = labels == IGNORED
-    foreign = labels[~ignored & ((labels < 0) | (labels >= logits.shape[-1]))]
+    last = logits.shape[-1] - 1
+    foreign = labels[~ignored & ((labels < 0) | (labels > last))]
     if foreign.size:
-        raise ValueError(
-            f"there is a label {foreign[0]}: expected 0 to {logits.shape[-1] - 1}, or {IGNORED} to ignore it"
-        )
+        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
     chosen = np.broadcast_to(np.where(ignored, 0, labels)[..., None], (*logits.shape[:-1], 1))
     loss = logsumexp(logits, axis=-1) - np.take_along_axis(logits, chosen, -1)[..., 0]
     wrong = logits.argmax(-1) != labels
@@ -181,16 +180,13 @@ def delete_each(chain: Chain, data: Split | Batches, *, loss: Loss | None = None
     intact = tuple(range(len(chain)))
     chosen = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
     if not chosen:
-        raise ValueError(
-            "no unit of this chain can be deleted: none has a skip, and each changes the shape of its state"
-        )
+        raise ValueError("no unit can be deleted: none has a skip, and each changes the shape of its state")
     variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in chosen)]
     table = summarize(*evaluate_variants(chain, data, variants, loss)).set_axis(chosen)
-    units = [
-        {"unit": i, "name": unit.name, "stage": unit.stage, "is_transition": unit.is_transition}
-        for i, unit in enumerate(chain.units)
-    ]
-    return pd.DataFrame(units).join(table)
+    units = pd.DataFrame(
+        [{key: getattr(unit, key) for key in ("name", "stage", "is_transition")} for unit in chain.units]
+    )
+    return units.rename_axis("unit").reset_index().join(table)
 
 
 def delete_random(
@@ -207,12 +203,11 @@ def delete_random(
 
     Args:
         chain: a trained network.
-        data: a split, or `Batches`, such as a ``DataLoader``.
+        data, loss: as in `delete_each`.
         k: how many units to delete; several numbers are measured together, which shares work between them.
         trials: random choices for each k.
         seed: of the choices.
         candidates: units to choose from; all that can be deleted when None.
-        loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
         One row a choice, with ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of
@@ -253,12 +248,11 @@ def reorder(
 
     Args:
         chain: a trained network.
-        data: a split, or `Batches`, such as a ``DataLoader``.
+        data, loss: as in `delete_each`.
         swaps: how many different pairs to swap, one after the other; transition units stay where they are. None
             shuffles every stage completely. Several numbers are measured together, which shares work between them.
         trials: random orders for each number of swaps.
         seed: of the orders.
-        loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
         One row an order, with ``swaps`` (missing for a complete shuffle), ``trial``, ``order`` (numbers, separated by
@@ -275,9 +269,7 @@ def reorder(
             stages.setdefault(unit.stage, []).append(i)
     pairs = [pair for members in stages.values() for pair in combinations(members, 2)]
     if not pairs:
-        raise ValueError(
-            f"no two of the {len(chain)} units can change places: no stage has two that preserve the shape"
-        )
+        raise ValueError(f"no two of the {len(chain)} units can change places: no stage has two that keep the shape")
     numbers = list(swaps) if isinstance(swaps, Iterable) else [swaps]
     for number in numbers:
         if number is not None and not 0 <= number <= len(pairs):
@@ -306,10 +298,8 @@ def _taus(order: list[int], stages: dict[int, list[int]]) -> dict[str, float]:
     movable = [members for members in stages.values() if len(members) > 1]
     weights = [len(members) * (len(members) - 1) / 2 for members in movable]
     within = [kendalltau(members, [order[i] for i in members]).statistic for members in movable]
-    return {
-        "tau": kendalltau(range(len(order)), order).statistic,
-        "tau_within": float(np.average(within, weights=weights)),
-    }
+    tau = kendalltau(range(len(order)), order).statistic
+    return {"tau": tau, "tau_within": float(np.average(within, weights=weights))}
 
 
 def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
@@ -317,18 +307,13 @@ def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
 
     Columns: ``images``; ``error`` (fraction) with its 95 % Wilson interval ``error_low``, ``error_high``; ``loss``
     (nats); ``delta_error`` and ``delta_loss``, the differences to the intact network on the same images, each with a
-    95 % paired bootstrap interval ``…_low``, ``…_high``. For a language model images are sequences, since the tokens of
-    one are not independent, and the interval of the error is a bootstrap one, too.
+    95 % paired bootstrap interval ``…_low``, ``…_high``. For a language model each sequence counts as an image, since
+    its tokens are not independent, and the interval of the error is a bootstrap one, too.
     """
     images = wrong.shape[1]
     low, high = wilson(wrong[1:].sum(1), images) if wrong.dtype == bool else paired_bootstrap(wrong[1:])
-    table = {
-        "images": images,
-        "error": wrong[1:].mean(1),
-        "error_low": low,
-        "error_high": high,
-        "loss": loss[1:].mean(1),
-    }
+    table = {"images": images, "error": wrong[1:].mean(1), "error_low": low, "error_high": high}
+    table["loss"] = loss[1:].mean(1)
     for name, values in (("delta_error", wrong.astype(float)), ("delta_loss", loss)):
         difference = values[1:] - values[0]
         table[name] = difference.mean(1)
@@ -348,7 +333,8 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
     Raises:
         ValueError: there are no batches, or the chain was traced from a model that calls batch norm as a function.
     """
-    baked = [n.name for m in chain.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes if _is_norm(n)]
+    nodes = [node for part in chain.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
+    baked = [node.name for node in nodes if node.op == "call_function" and "batch_norm" in str(node.target)]
     if baked:
         raise ValueError(
             f"the traced model calls batch norm as a function ({baked[0]}), whose statistics cannot be estimated anew: "
@@ -364,7 +350,3 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
         with torch.no_grad():
             chain(x)
     return chain.eval()
-
-
-def _is_norm(node: fx.Node) -> bool:
-    return "batch_norm" in str(node.target) and node.op == "call_function"

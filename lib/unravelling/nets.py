@@ -60,46 +60,15 @@ def resnet(
     Raises:
         ValueError: the depth is not 6n + 2, or the shortcut is unknown.
     """
-    return _three_stages("resnet", depth, in_channels, classes, width, preactivation, shortcut, True, seed)
-
-
-def plain(
-    depth: int,
-    *,
-    in_channels: int = 3,
-    classes: int = 10,
-    width: int = 16,
-    preactivation: bool = True,
-    seed: int = 0,
-) -> Chain:
-    """Return the same network as `resnet` without skips: y_i = post(branch_i(y_{i-1})).
-
-    Its units keep the parameter-free shortcut for their deletion. Arguments and errors are those of `resnet`.
-    """
-    return _three_stages("plain", depth, in_channels, classes, width, preactivation, "pad", False, seed)
-
-
-def _three_stages(
-    family: str,
-    depth: int,
-    in_channels: int,
-    classes: int,
-    width: int,
-    preactivation: bool,
-    shortcut: str,
-    residual: bool,
-    seed: int,
-) -> Chain:
     if depth < 8 or (depth - 2) % 6:
         near = max(8, round((depth - 2) / 6) * 6 + 2)
         raise ValueError(f"depth {depth} is not 6n + 2: use a depth such as 8, 20, 56 or 110 (nearest: {near})")
     if shortcut not in ("pad", "projection"):
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
-    n = (depth - 2) // 6
     with _seeded(seed):
         units, channels = [], width
         for stage in (1, 2, 3):
-            for block in range(n):
+            for block in range((depth - 2) // 6):
                 c_out = width * 2 ** (stage - 1)
                 stride = 2 if stage > 1 and block == 0 else 1
                 skip: nn.Module | None = None
@@ -107,12 +76,11 @@ def _three_stages(
                     skip = Pad(c_out - channels, stride)
                 elif stride > 1:
                     skip = conv(channels, c_out, stride, kernel=1)
-                    if not preactivation:
-                        skip = nn.Sequential(skip, nn.BatchNorm2d(c_out))
+                    skip = skip if preactivation else nn.Sequential(skip, nn.BatchNorm2d(c_out))
                 branch = _branch(channels, c_out, stride, preactivation)
                 post = None if preactivation else nn.ReLU()
                 name = f"stage{stage}.block{block}"
-                units.append(Unit(branch, skip, post, residual=residual, name=name, stage=stage, transition=stride > 1))
+                units.append(Unit(branch, skip, post, name=name, stage=stage, transition=stride > 1))
                 channels = c_out
         stem: nn.Module = conv(in_channels, width)
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
@@ -120,25 +88,34 @@ def _three_stages(
             head = [nn.BatchNorm2d(channels), nn.ReLU(), *head]
         else:
             stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
-        name = f"{family}{depth}" + ("" if preactivation else "-post")
+        name = f"resnet{depth}" + ("" if preactivation else "-post")
         name += "-projection" if shortcut == "projection" else ""
         config = {"name": name, "in_channels": in_channels, "classes": classes, "width": width}
         return _initialize(Chain(stem, units, nn.Sequential(*head), config))
 
 
 def _branch(c_in: int, c_out: int, stride: int, preactivation: bool) -> nn.Sequential:
+    norms = nn.BatchNorm2d(c_in if preactivation else c_out), nn.BatchNorm2d(c_out)
+    convs = conv(c_in, c_out, stride), conv(c_out, c_out)
     if preactivation:
-        return nn.Sequential(
-            nn.BatchNorm2d(c_in),
-            nn.ReLU(),
-            conv(c_in, c_out, stride),
-            nn.BatchNorm2d(c_out),
-            nn.ReLU(),
-            conv(c_out, c_out),
-        )
-    return nn.Sequential(
-        conv(c_in, c_out, stride), nn.BatchNorm2d(c_out), nn.ReLU(), conv(c_out, c_out), nn.BatchNorm2d(c_out)
-    )
+        return nn.Sequential(norms[0], nn.ReLU(), convs[0], norms[1], nn.ReLU(), convs[1])
+    return nn.Sequential(convs[0], norms[0], nn.ReLU(), convs[1], norms[1])
+
+
+def plain(
+    depth: int, *, in_channels: int = 3, classes: int = 10, width: int = 16, preactivation: bool = True, seed: int = 0
+) -> Chain:
+    """Return the same network as `resnet` without skips: y_i = post(branch_i(y_{i-1})).
+
+    Its units keep the parameter-free shortcut for their deletion. Arguments and errors are those of `resnet`.
+    """
+    options = {"in_channels": in_channels, "classes": classes, "width": width, "preactivation": preactivation}
+    chain = resnet(depth, **options, seed=seed)
+    for unit in chain.units:
+        unit.residual = False
+    assert chain.config is not None
+    chain.config["name"] = chain.config["name"].replace("resnet", "plain")
+    return chain
 
 
 def vgg(
@@ -178,21 +155,14 @@ def vgg(
                 branch: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=not batch_norm)]
                 branch += [nn.BatchNorm2d(width)] if batch_norm else []
                 branch.append(nn.ReLU())
-                skip: list[nn.Module] = [Pad(width - channels, 1)] if width > channels else []
+                skip: list[nn.Module] = [Pad(width - channels, 1)] if width != channels else []
                 if layer == layers - 1 and size > 1:
                     size //= 2
                     branch.append(nn.MaxPool2d(2))
                     skip.append(nn.MaxPool2d(2))
-                units.append(
-                    Unit(
-                        nn.Sequential(*branch),
-                        nn.Sequential(*skip) if skip else None,
-                        residual=False,
-                        name=f"stage{stage}.conv{layer}",
-                        stage=stage,
-                        transition=bool(skip) or channels != width,
-                    )
-                )
+                shortcut = nn.Sequential(*skip) if skip else None
+                options = {"name": f"stage{stage}.conv{layer}", "stage": stage, "transition": bool(skip)}
+                units.append(Unit(nn.Sequential(*branch), shortcut, residual=False, **options))
                 channels = width
         norm = [nn.BatchNorm1d(width)] if batch_norm else []
         hidden = nn.Linear(width * size * size, width)
@@ -248,7 +218,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: in
         options = {"in_channels": channels} | vgg_only | options
     if family == "vgg":
         return vgg(depth, batch_norm="nobn" not in suffixes, seed=seed, **options)
+    options["preactivation"] = "post" not in suffixes
     if family == "plain":
-        return plain(depth, preactivation="post" not in suffixes, seed=seed, **options)
-    shortcut = "projection" if "projection" in suffixes else "pad"
-    return resnet(depth, preactivation="post" not in suffixes, shortcut=shortcut, seed=seed, **options)
+        return plain(depth, seed=seed, **options)
+    return resnet(depth, shortcut="projection" if "projection" in suffixes else "pad", seed=seed, **options)

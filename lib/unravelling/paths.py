@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -67,9 +67,7 @@ def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
 
     Args:
         chain: a network of at most 12 units, in eval mode.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
-        loss: maps logits and ``y`` to a scalar.
+        x, y, loss: as in `gradient_norms`.
 
     Returns:
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
@@ -104,9 +102,7 @@ def gradient_by_length(
 
     Args:
         chain: the network, in eval mode.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
-        loss: maps logits and ``y`` to a scalar.
+        x, y, loss: as in `gradient_norms`.
         at: ``"stem"`` for the gradient at y_0, the first unit's input, ``"pixels"`` for that at ``x``.
         max_length: the longest length m told apart; all of them when None.
         dtype: compute in this type, such as ``torch.float64``, on a copy of the chain; as the chain is when None.
@@ -174,9 +170,7 @@ def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy)
 
     Args:
         chain: the network, in eval mode.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
-        loss: maps logits and ``y`` to a scalar.
+        x, y, loss: as in `gradient_norms`.
 
     Returns:
         Lengths ``(B,)``. For a whole batch, average them with weights ‖g‖².
@@ -210,12 +204,10 @@ def sample_path_gradients(
 
     Args:
         chain: the network, in eval mode; use float64, since long paths carry less than float32 can hold.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        x, y, loss: as in `gradient_norms`.
         lengths: numbers k of branches.
         samples: paths for each length.
         seed: of the choices.
-        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         One row a path, with ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
@@ -256,11 +248,9 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
 
     Args:
         chain: the network, in eval mode; float64 for lengths at which the gradient is tiny.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        x, y, loss: as in `gradient_norms`.
         repeats: independent draws of all signs, at least 2.
         seed: of the signs.
-        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         One row a length, with ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how
@@ -317,9 +307,8 @@ def surviving(n: int, d: int) -> pd.DataFrame:
     """
     if not 0 <= d <= n:
         raise ValueError(f"cannot delete {d} of {n} units")
-    return pd.DataFrame(
-        {"length": range(n + 1), "share": [math.comb(n - d, k) / math.comb(n, k) for k in range(n + 1)]}
-    )
+    share = [math.comb(n - d, k) / math.comb(n, k) for k in range(n + 1)]
+    return pd.DataFrame({"length": range(n + 1), "share": share})
 
 
 def _bits(unit: Unit) -> tuple[int, ...]:
@@ -348,12 +337,8 @@ def _one_longer(
     return [_sum((s, t)) for s, t in zip([*skipped, None], [None, *taken], strict=True)]
 
 
-@overload
-def _sum(terms: Iterable[Tensor]) -> Tensor: ...
-@overload
-def _sum(terms: Iterable[Tensor | None]) -> Tensor | None: ...
-def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:
-    """Add the terms that there are."""
+def _sum(terms: Iterable[Any]) -> Any:
+    """Add the terms that there are; None where there is none."""
     there = [term for term in terms if term is not None]
     return functools.reduce(torch.add, there) if there else None
 
@@ -388,9 +373,7 @@ def _scalar(value: Tensor) -> Tensor:
 def _states_and_top_gradient(chain: Chain, x: Tensor, y: Tensor, loss: Loss) -> tuple[list[Tensor], Tensor]:
     """Return y_0 … y_n, detached, and the gradient of the loss at y_n."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in chain.modules()):
-        raise ValueError(
-            "batch norm is in training mode, in which it ties the images of a batch together: call chain.eval() first"
-        )
+        raise ValueError("batch norm is in training mode, which ties the images of a batch: call chain.eval() first")
     x, y = _inputs(chain, x, y)
     with _nothing_random(device_of(chain)):
         with torch.no_grad():

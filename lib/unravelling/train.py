@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,20 @@ class Recipe:
         batch_size: images a step.
         lr: peak learning rate.
         schedule: ``"onecycle"``, up to ``lr`` over the first quarter and down to zero, both as a cosine; or
-            ``"steps"``, divided by 10 at each fraction in ``milestones``.
-        milestones: fractions of the run at which ``"steps"`` drops the rate.
+            ``"steps"``, divided by 10 at each fraction of the run in ``milestones``.
+        milestones: when ``"steps"`` drops the rate.
         warmup: iterations at a tenth of ``lr`` before ``"steps"`` begins (He et al., 2015, for 110 layers).
         momentum: of SGD.
-        nesterov: whether the momentum looks one step ahead (Nesterov), as in the recipe that Wilber published in 2016.
+        nesterov: whether the momentum looks one step ahead, as in the recipe that Wilber published in 2016.
         weight_decay: L2 penalty on all parameters.
         crop: pixels of random shift each way.
         flip: whether images are mirrored at random.
         survival: probability with which the last unit's branch takes part in a step, falling to it linearly from 1
             (stochastic depth, Huang et al., 2016); all branches always do when None.
-        active: exactly how many branches take part in each step, chosen at random (Veit et al., 2016, section 5,
-            train on 23 of 54). Transition units count as the others.
-        rescale: whether a branch that takes part in a step is divided by its probability to do so, by
-            active / units, say. If not, branches must be multiplied by it at test time, as Huang et al. do:
-            `as_tested` does that.
+        active: how many branches take part in each step, chosen at random among all units (Veit et al., 2016,
+            section 5, train on 23 of 54).
+        rescale: whether a branch that takes part is divided by its probability to do so. If not, branches must be
+            multiplied by it at test time, as Huang et al. do: `as_tested` does that.
         precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 autocast where the device computes in it.
     """
 
@@ -58,7 +57,7 @@ class Recipe:
     batch_size: int = 128
     lr: float = 0.1
     schedule: str = "onecycle"
-    milestones: tuple[float, ...] = field(default=())
+    milestones: tuple[float, ...] = ()
     warmup: int = 0
     momentum: float = 0.9
     nesterov: bool = False
@@ -79,10 +78,8 @@ class Recipe:
         if self.survival is not None and not 0 < self.survival <= 1:
             raise ValueError(f"recipe {self.name!r}: survival {self.survival} is not a probability above 0")
         for key, allowed in {"schedule": ("onecycle", "steps"), "precision": ("float32", "bfloat16", "auto")}.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"recipe {self.name!r}: {key} {getattr(self, key)!r} is not one of {', '.join(allowed)}"
-                )
+            if (value := getattr(self, key)) not in allowed:
+                raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not one of {', '.join(allowed)}")
 
     def lr_at(self, step: int, total: int) -> float:
         """Return the learning rate of step ``step``, from 0, out of ``total``."""
@@ -96,12 +93,13 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe("digits", epochs=20, batch_size=64, lr=0.1, crop=1),
-    "brief": Recipe("brief", epochs=4, batch_size=64, lr=0.1, weight_decay=5e-4, crop=4, flip=True),
-    "short": Recipe("short", epochs=20, lr=0.2, nesterov=True, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
-    "paper": Recipe(
-        "paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True
-    ),
+    recipe.name: recipe
+    for recipe in (
+        Recipe("digits", epochs=20, batch_size=64, crop=1),
+        Recipe("brief", epochs=4, batch_size=64, weight_decay=5e-4, crop=4, flip=True),
+        Recipe("short", epochs=20, lr=0.2, nesterov=True, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
+        Recipe("paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True),
+    )
 }
 """Recipes by name.
 
@@ -109,13 +107,14 @@ RECIPES = {
 CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out:
 ``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
 ``-stochastic-depth``; ``digits-short-paths-long`` trains three times as long."""
-for _name in list(RECIPES):
+for _recipe in list(RECIPES.values()):
     for _variant, _options in {
         "short-paths": {"active": 23},
         "short-paths-unscaled": {"active": 23, "rescale": False},
         "stochastic-depth": {"survival": 0.5},
     }.items():
-        RECIPES[f"{_name}-{_variant}"] = replace(RECIPES[_name], name=f"{_name}-{_variant}", **_options)
+        _name = f"{_recipe.name}-{_variant}"
+        RECIPES[_name] = replace(_recipe, name=_name, **_options)
 RECIPES["digits-short-paths-long"] = replace(RECIPES["digits-short-paths"], name="digits-short-paths-long", epochs=60)
 
 
@@ -155,20 +154,14 @@ def fit(
             fewer images than a batch needs.
         OSError: the checkpoint could not be written, as on a full disk; the earlier one is kept.
     """
-    steps = len(data.train) // recipe.batch_size
+    size, images = recipe.batch_size, len(data.train)
+    steps = images // size
     if not steps:
-        raise ValueError(
-            f"a batch of {recipe.batch_size} images needs at least as many: this split has {len(data.train)}"
-        )
+        raise ValueError(f"a batch of {size} images needs at least as many: this split has {images}")
     iterations = recipe.iterations or (recipe.epochs or 0) * steps
     chain.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        chain.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-    )
+    options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
+    optimizer = torch.optim.SGD(chain.parameters(), **options)
     generator = torch.Generator().manual_seed(seed)
     identity = {"recipe": asdict(recipe), "seed": seed}
     identity |= {"network": architecture_digest(chain), "data": fingerprint(data.train)}
@@ -189,11 +182,8 @@ def fit(
         for epoch in range(len(history), last):
             row = _train_epoch(chain, data.train, recipe, optimizer, generator, epoch * steps, iterations, bar)
             validation = evaluate(as_tested(chain, recipe), data.validation)
-            history.append(
-                {"epoch": epoch + 1}
-                | row
-                | {"validation_loss": validation["loss"], "validation_error": validation["error"]}
-            )
+            row |= {f"validation_{key}": validation[key] for key in ("loss", "error")}
+            history.append({"epoch": epoch + 1} | row)
             bar.set_postfix_str(f"validation error {100 * validation['error']:.1f} %")
             if on_epoch is not None:
                 on_epoch(epoch + 1, chain)
@@ -260,10 +250,7 @@ def _denormals_flushed() -> Iterator[None]:
 def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
     """Return the part of a chain that one step trains: all of it, unless the recipe has ``survival`` or ``active``.
 
-    Args:
-        chain: the network that is trained; the result shares its parameters.
-        recipe: how branches are left out.
-        generator: of the choice.
+    The result shares the chain's parameters; the generator decides which branches are left out.
 
     Raises:
         ValueError: more active units than there are, or a plain unit, which has no skip to be left with.
@@ -286,14 +273,8 @@ def as_tested(chain: Chain, recipe: Recipe) -> Chain:
     """Return a chain as it is to be tested after training with a recipe: its branches as large as they were on average.
 
     That is the chain itself, unless the recipe left branches out without ``rescale``: then every branch is multiplied
-    by the probability with which it took part in a step (Huang et al., 2016, equation 5).
-
-    Args:
-        chain: the trained network; the result shares its parameters.
-        recipe: how it was trained.
-
-    Raises:
-        ValueError: as `thinned`.
+    by the probability with which it took part in a step (Huang et al., 2016, equation 5). Parameters are shared; errors
+    are those of `thinned`.
     """
     probability = _probabilities(chain, recipe)
     if probability is None or recipe.rescale:
