@@ -44,10 +44,10 @@ refresh: .venv/.installed
 
 SNAKEMAKE = $(RUN) -m snakemake --snakefile experiments/Snakefile
 paper: .venv/.experiments
-	@$(SNAKEMAKE) $(PAPER)
+	@exec $(SNAKEMAKE) $(PAPER)
 
 weights: .venv/.experiments
-	@$(SNAKEMAKE) weights $(PAPER)
+	@exec $(SNAKEMAKE) weights $(PAPER)
 
 bench: .venv/.installed
 	$(RUN) benchmarks/bench.py

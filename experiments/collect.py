@@ -22,7 +22,7 @@ from filelock import FileLock
 from matrix import TRAINING, Row, rows
 from unravelling import load, save
 from unravelling.stats import wilson
-from unravelling.weights import header
+from unravelling.weights import OWN, header
 
 FILE_LIMIT, FOLDER_LIMIT, HALF_LIMIT = 10_000_000, 40_000_000, 3_000_000
 """Bytes of one file in the data, of all of them, and of weights that are not halved in precision."""
@@ -279,7 +279,7 @@ def _shipped(row: Row, data: Path) -> str | None:
 def _ship(row: Row, runs: Path, data: Path, new: Content) -> str | None:
     """Put a row's weights into the data, in half precision where they are large; return why not if they may not go."""
     source, path = runs / row.weights[0], _home(row)
-    about = header(source)
+    about = {k: v for k, v in header(source).items() if k not in OWN} | {"source": checksum(source)}
     if (data / path).exists() and new.get(path, b"") is not None:
         there = header(data / path)
         if there.get("recipe") != row.recipe:
@@ -289,7 +289,7 @@ def _ship(row: Row, runs: Path, data: Path, new: Content) -> str | None:
     content = source.read_bytes()
     if len(content) > HALF_LIMIT:
         with tempfile.TemporaryDirectory() as scratch:
-            half = save(load(source), Path(scratch, "half.safetensors"), half=True, source=checksum(source), **about)
+            half = save(load(source), Path(scratch, "half.safetensors"), half=True, **about)
             content = half.read_bytes()
     size = sum(len(c) for c in new.values() if c) + len(content)
     size += sum(f.stat().st_size for f in _files(data) if f.relative_to(data) not in new | {path: b""})

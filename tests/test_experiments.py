@@ -256,6 +256,17 @@ def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
         assert cells.commit() == "unknown"
 
 
+def test_jobs_share_the_gpus_out(monkeypatch):
+    number = 100 + os.getpid() % 1000  # locks that no other test holds
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number + 2)
+    monkeypatch.setattr(cells, "range", lambda count: range(number, count), raising=False)
+    monkeypatch.setattr(cells, "_held", [])
+    assert [cells._free_gpu() for _ in range(3)] == [f"cuda:{number}", f"cuda:{number + 1}", "cuda:0"]
+    for lock in cells._held:
+        lock.release()
+    assert cells._free_gpu() == f"cuda:{number}"
+
+
 @pytest.mark.parametrize(("option", "value"), [("--device", "cuda:99"), ("--threads", "0"), ("--out", "w.pt")])
 def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path):
     options = {"--network": "resnet8", "--out": str(tmp_path / "w.safetensors")} | {option: value}
