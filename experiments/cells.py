@@ -55,7 +55,12 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace)
 
     SIGTERM ends the process like Ctrl-C: files that are being written are removed, what was written before is whole.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     follow_parent()
     try:
         options.device = _device(options.device)

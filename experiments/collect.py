@@ -22,12 +22,11 @@ from filelock import FileLock
 from matrix import TRAINING, Row, rows
 from unravelling import load, save
 from unravelling.stats import wilson
+from unravelling.stored import DEFAULT_RECIPES
 from unravelling.weights import OWN, header
 
 FILE_LIMIT, FOLDER_LIMIT, HALF_LIMIT = 10_000_000, 40_000_000, 3_000_000
 """Bytes of one file in the data, of all of them, and of weights that are not halved in precision."""
-SHIPPED_PLAIN = {"digits": "digits", "cifar10": "brief"}
-"""The recipe of each dataset whose weights have no recipe in their names."""
 
 Content = dict[Path, bytes | None]
 """What files of the data will hold, by their path in it; None for one that goes."""
@@ -265,7 +264,8 @@ def _weights(run: Mapping[str, Any], row: Row) -> str | None:
 
 
 def _home(row: Row) -> Path:
-    name = row.network if row.recipe == SHIPPED_PLAIN[row.dataset] else f"{row.network}-{row.recipe}"
+    """Return where a row's weights belong; their name has no recipe where that is the dataset's ordinary one."""
+    name = row.network if row.recipe == DEFAULT_RECIPES[row.dataset] else f"{row.network}-{row.recipe}"
     return Path("weights", row.dataset, f"{name}-seed{row.seed}.safetensors")
 
 
@@ -286,6 +286,9 @@ def _ship(row: Row, runs: Path, data: Path, new: Content) -> str | None:
             return f"{path} holds recipe {there.get('recipe')}: drop that recipe first"
         if checksum(source) == _shipped(row, data):
             return None
+    former = path.with_name(f"{row.network}-{row.recipe}-seed{row.seed}.safetensors")
+    if former != path and (data / former).exists():  # from before its recipe became the ordinary one
+        new[former] = None
     content = source.read_bytes()
     if len(content) > HALF_LIMIT:
         with tempfile.TemporaryDirectory() as scratch:

@@ -411,6 +411,16 @@ def test_weights_of_another_recipe_stay_until_it_is_dropped(runs, data):
     assert '-brief"' not in (data / "results/cifar10/provenance.json").read_text()
 
 
+def test_weights_change_their_name_when_their_recipe_becomes_the_ordinary_one(runs, tmp_path, monkeypatch):
+    folder = tmp_path / "weights/digits"
+    monkeypatch.setitem(collect.DEFAULT_RECIPES, "digits", "another")
+    collect.collect(TOY, runs, tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["resnet8-digits-seed0.safetensors"]
+    monkeypatch.setitem(collect.DEFAULT_RECIPES, "digits", "digits")
+    collect.collect(TOY, runs, tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["resnet8-seed0.safetensors"]
+
+
 def test_two_collectors_wait_for_each_other(runs, tmp_path):
     (tmp_path / "data").mkdir()
     with FileLock(tmp_path / "data/.lock"):
@@ -489,7 +499,7 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(ru
         assert not (row / "weights.safetensors").exists()
         assert {f.name for f in row.iterdir() if f.suffix == ".csv"} >= {"checkpoint.0.gradient_norms.csv"}
     finished = snakemake(folder)
-    said, _ = finished.communicate(timeout=240)
+    said, _ = finished.communicate(timeout=400)
     assert finished.returncode == 0, said
     expected, found = contents(runs), contents(folder / "runs")
     for name, content in expected.items():
