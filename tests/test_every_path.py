@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,16 +22,17 @@ from unravelling import (
     fit,
     gradient_by_length,
     mean_length,
-    measure,
     path_gradients,
     path_norms,
     reorder,
     sample_path_gradients,
     spectrum,
 )
-from unravelling.measure import MEASUREMENTS
 from unravelling.paths import count, length_distribution, surviving
 from unravelling.train import thinned
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+import measurements
 
 RESIDUAL = [kind for kind in SMALL if kind.startswith(("pre", "post"))]
 DOUBLE = torch.float64
@@ -301,12 +304,19 @@ def test_recipes_that_leave_out_what_they_cannot():
 # --- what is stored -------------------------------------------------------------------------------------------------
 
 
+def measured(name, chain, data):
+    """The rows that are stored of a network, measured now."""
+    measurement = measurements.TABLE[name]
+    test, _ = measurement.images(chain, data)
+    return measurement.function(chain, test, data, 0)
+
+
 @pytest.mark.parametrize("name", ["damage", "delete_pairs", "spectrum", "lengths", "branches", "subnetworks"])
 def test_stored_measurements_agree_with_measuring_by_hand(name, monkeypatch):
-    monkeypatch.setattr(measure, "ACTIVE", (4, 9))
+    monkeypatch.setattr(measurements, "ACTIVE", (4, 9))
     chain, data = build("resnet20", "digits", seed=2).eval(), digits()
     before = snapshot(chain)
-    table = MEASUREMENTS[name](chain, data, 0)
+    table = measured(name, chain, data)
     assert snapshot(chain) == before
     x, y = data.test.batches(500)[0]
     if name == "damage":
@@ -339,6 +349,6 @@ def test_stored_measurements_agree_with_measuring_by_hand(name, monkeypatch):
 def test_stored_orders_stay_within_the_pairs_there_are():
     chain, data = build("resnet20", "digits").eval(), digits()
     small_data = dataclasses.replace(data, test=data.test.take(torch.arange(5)))
-    table = MEASUREMENTS["reorder"](chain, small_data, 0)
+    table = measured("reorder", chain, small_data)
     assert table["swaps"].dropna().max() <= 5  # pairs of equal shape: 3 + 1 + 1
     assert table["swaps"].isna().sum() == 25

@@ -17,9 +17,9 @@ from sphinx.util import console
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book/reference.md"
 MODULES = {
-    info.name: importlib.import_module(f"unravelling.{info.name}")
-    for info in pkgutil.iter_modules(unravelling.__path__)
-    if not info.name.startswith("_")
+    info.name: importlib.import_module(info.name)
+    for info in pkgutil.walk_packages(unravelling.__path__, "unravelling.")
+    if not info.name.rpartition(".")[2].startswith("_")
 }
 RECIPES = nbformat.read(ROOT / "book/recipes.ipynb", as_version=4)
 
@@ -59,7 +59,7 @@ def test_every_public_function_and_class_is_documented_once(built):
     """Once, for Sphinx warns of what it finds twice."""
     documented = {name for name, entry in built[0].items() if entry.objtype in {"function", "class", "exception"}}
     assert documented == public()
-    assert {f"unravelling.{name}" for name in MODULES} == {n for n, e in built[0].items() if e.objtype == "module"}
+    assert set(MODULES) == {name for name, entry in built[0].items() if entry.objtype == "module"}
 
 
 def test_every_name_of_the_package_is_in_the_table_and_leads_to_its_entry(built):
@@ -67,7 +67,7 @@ def test_every_name_of_the_package_is_in_the_table_and_leads_to_its_entry(built)
     assert sorted(name for _, name in linked) == sorted(unravelling.__all__)
     assert {full for full, _ in linked} <= set(built[0])
     for full, name in linked:
-        module = MODULES[full.split(".")[1]]
+        module = MODULES[full.rpartition(".")[0]]
         assert getattr(module, name) is getattr(unravelling, name)
 
 
@@ -75,7 +75,7 @@ def test_arguments_are_documented_as_they_are_called():
     """Every name under Args is an argument, or the attribute of a class."""
     wrong = []
     for full in public():
-        module, name = full.split(".")[1:]
+        module, _, name = full.rpartition(".")
         thing = getattr(MODULES[module], name)
         described = re.search(r"\n    Args:\n((?:        .*\n|\n)+)", inspect.getdoc(thing).replace("\n", "\n    "))
         names = re.findall(r"^ {8}(\w+):", described[1], flags=re.M) if described else []

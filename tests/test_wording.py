@@ -168,4 +168,7 @@ def test_errors_are_over_seeds_or_over_images():
     rows = rows.assign(train_error=0.0, train_images=10)
     assert error(rows.iloc[:1]) == wording.share(7, 500, of="test images")
     assert error(rows) == f"{over_seeds([0.014, 0.02])} of 500 test images"
-    assert error(rows.iloc[1:], "train") == share(0, 10, of="train images")
+    assert error(rows.iloc[1:], "train") == share(0, 10, of="training images")
+    low, high = (100 * end for end in stats.binomtest(7, 500).proportion_ci(0.95, "wilson"))
+    assert error(rows.iloc[:1], brief=True) == f"1.4 % ({low:.1f} to {high:.1f})"
+    assert error(rows, brief=True) == percent([0.014, 0.02])

@@ -95,7 +95,7 @@ def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> 
         labels: whether batches must have labels; without, None stands for them, and inputs may come alone.
 
     Raises:
-        TypeError: ``data`` is no source of batches, such as a `Dataset`.
+        TypeError: ``data`` is no source of batches, such as a `~unravelling.data.Dataset`.
         ValueError: there is no batch, one is empty, or it lacks its labels.
     """
     array = (Tensor, np.ndarray)

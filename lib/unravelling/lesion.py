@@ -47,7 +47,7 @@ def variant_logits(
 
     Args:
         chain: the network; its modes and parameters stay as they are.
-        data: a split, or `Batches`.
+        data: a split, or `~unravelling.batches.Batches`.
         variants: each a sequence of units, where i is unit i and ``~i`` (that is -i - 1) is unit i deleted.
 
     Returns:
@@ -75,7 +75,7 @@ def evaluate_variants(
 
     Args:
         chain: the network; its modes and parameters stay as they are.
-        data: a split, or `Batches`.
+        data: a split, or `~unravelling.batches.Batches`.
         variants: as in `variant_logits`.
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
 
@@ -167,7 +167,7 @@ def delete_each(chain: Chain, data: Split | Batches, *, loss: Loss | None = None
 
     Args:
         chain: a trained network.
-        data: a split, or `Batches`, such as a ``DataLoader``.
+        data: a split, or `~unravelling.batches.Batches`, such as a ``DataLoader``.
         loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
@@ -328,7 +328,7 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
 
     Args:
         chain: usually one with deleted units.
-        batches: a split, or `Batches` of training images, whose labels may be missing.
+        batches: a split, or `~unravelling.batches.Batches` of training images, whose labels may be missing.
 
     Raises:
         ValueError: there are no batches, or the chain was traced from a model that calls batch norm as a function.

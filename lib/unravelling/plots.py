@@ -57,13 +57,7 @@ def family_color(network: str) -> tuple[float, float, float]:
 
 
 def seed_lines(
-    table: pd.DataFrame,
-    x: str,
-    value: str,
-    *,
-    ax: Axes | None = None,
-    scale: float = 1.0,
-    log: bool = False,
+    table: pd.DataFrame, x: str, value: str, *, ax: Axes | None = None, scale: float = 1, log: bool = False,
     **style: Any,
 ) -> Axes:
     """Draw the mean of ``value`` over seeds against ``x``, with its 95 % Student t band.
@@ -148,13 +142,7 @@ def side_by_side(
 
 
 def single_deletions(
-    table: pd.DataFrame,
-    *,
-    value: str = "error",
-    chance: float | None = None,
-    ax: Axes | None = None,
-    color: object = None,
-    label: str = "",
+    table: pd.DataFrame, *, value: str = "error", chance: float | None = None, ax: Axes | None = None, color: Any = None
 ) -> Axes:
     """Draw what each single deletion does, as figure 3 of Veit et al. (2016), with intervals.
 
@@ -168,7 +156,6 @@ def single_deletions(
         chance: error of guessing, drawn as a dotted line.
         ax: where to draw; new axes when None.
         color: of the points; that of the network's family when None.
-        label: for the legend.
     """
     ax = ax or plt.subplots()[1]
     color = color or (family_color(table["network"].iloc[0]) if "network" in table else _BLUE)
@@ -180,17 +167,8 @@ def single_deletions(
     ax.vlines(rows["unit"], scale * rows["low"], scale * rows["high"], color=color, alpha=0.5, lw=2)
     for transition, marker in ((False, "o"), (True, "D")):
         some = rows[rows["is_transition"] == transition]
-        ax.plot(
-            some["unit"],
-            scale * some["middle"],
-            marker,
-            color=color,
-            mfc="white" if transition else color,
-            ms=6 if transition else 4,
-            clip_on=False,
-            zorder=3,
-            label=None if transition else label,
-        )
+        style = {"mfc": "white", "ms": 6} if transition else {"mfc": color, "ms": 4}
+        ax.plot(some["unit"], scale * some["middle"], marker, color=color, clip_on=False, zorder=3, **style)
     levels(ax, intact=intact_error(table) if value == "error" else None, chance=chance, color=color)
     stage_boundaries(ax, table)
     labels = {"error": "test error (%)", "delta_error": "Δ error (points)", "delta_loss": "Δ loss (nats)"}
@@ -201,14 +179,8 @@ def single_deletions(
 
 
 def quantile_fan(
-    table: pd.DataFrame,
-    x: str,
-    value: str,
-    *,
-    ax: Axes | None = None,
-    scale: float = 1.0,
-    color: object = None,
-    label: str | None = None,
+    table: pd.DataFrame, x: str, value: str, *, ax: Axes | None = None, scale: float = 1, color: Any = _BLUE,
+    label: str = "",
 ) -> Axes:
     """Draw the median of ``value`` against ``x``, with the middle 50 % and 90 % of the rows as bands.
 
@@ -222,7 +194,6 @@ def quantile_fan(
         label: for the legend.
     """
     ax = ax or plt.subplots()[1]
-    color = color or _BLUE
     q = scale * table.groupby(x)[value].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
     ax.fill_between(q.index, q[0.05], q[0.95], color=color, alpha=0.15, lw=0)
     ax.fill_between(q.index, q[0.25], q[0.75], color=color, alpha=0.3, lw=0)

@@ -1,4 +1,4 @@
-"""The project's stored results: tidy tables that `experiments/` measured, and the record of how. Only read here."""
+"""The project's stored results: tidy tables of the long experiments, and the record of how. Only read here."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
 
     Args:
         chain: maps inputs to logits ``(B, K)``, or ``(B, T, K)``, where tokens count as images.
-        data: a split, or `Batches`; labels of -100 are left out.
+        data: a split, or `~unravelling.batches.Batches`; labels of -100 are left out.
 
     Raises:
         ValueError: there are no batches, or no labels in them.

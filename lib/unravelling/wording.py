@@ -17,11 +17,12 @@ PAPER = "`make paper`"
 
 def network_label(network: str) -> str:
     """Return a network's name as prose writes it, such as ResNet-110 for ``"resnet110"``."""
-    family = next((name for name in ("ResNet", "plain", "VGG") if network.startswith(name.lower())), None)
-    if family is None:
-        return network
-    depth, _, variant = network[len(family) :].partition("-")
-    return f"{family}-{depth} { {'nobn': 'without batch norm', 'post': 'of 2015'}.get(variant, variant)}".strip()
+    for family in ("ResNet", "plain", "VGG"):
+        if network.startswith(family.lower()):
+            depth, _, variant = network[len(family) :].partition("-")
+            variant = {"nobn": "without batch norm", "post": "of 2015"}.get(variant, variant)
+            return f"{family}-{depth} {variant}".strip()
+    return network
 
 
 def listed(items: Iterable[object], nothing: str = "none") -> str:
@@ -31,11 +32,7 @@ def listed(items: Iterable[object], nothing: str = "none") -> str:
 
 
 def seeds(table: pd.DataFrame) -> str:
-    """Return how many training runs stand behind the rows of each network, such as ``"seed 0"`` or ``"1 to 3 seeds"``.
-
-    Args:
-        table: of one data set, with the columns ``network``, ``recipe`` and ``seed``, not empty.
-    """
+    """Return how many runs stand behind each network and recipe of a table: ``"seed 0"``, ``"1 to 3 seeds"``."""
     if table["seed"].nunique() == 1:
         return f"seed {int(table['seed'].iloc[0])}"
     runs = table.groupby(["network", "recipe"])["seed"].nunique()
@@ -59,12 +56,7 @@ def label(dataset: str, recipe: str = "default") -> str:
 
 
 def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
-    """Return a sentence that names the networks which a data set lacks and the command for them, or nothing.
-
-    Args:
-        tables: of `unravelling.stored.both`.
-        networks: that a figure wants.
-    """
+    """Return a sentence that names the networks which tables of `unravelling.stored.both` lack, and the command."""
     sentences = []
     for dataset, table in tables.items():
         if gaps := [network_label(name) for name in networks if name not in set(table["network"])]:
@@ -110,26 +102,14 @@ def mean_interval(values: Any) -> tuple[float, float, float]:
 
 
 def over_seeds(values: Any, *, scale: float = 100, unit: str = " %", digits: int = 1) -> str:
-    """Return a mean in words, with its 95 % Student t interval where there are several seeds.
-
-    Args:
-        values: one for each seed.
-        scale: factor on the values, such as 100 for per cent.
-        unit: what follows the numbers.
-        digits: behind the decimal point.
-    """
+    """Return a mean in words, times ``scale``, with its 95 % Student t interval where there are several seeds."""
     mean, low, high = (number(scale * end, f".{digits}f") for end in mean_interval(values))
     many = np.size(values)
     return f"{mean}{unit}" + (f" (95 % interval over {many} seeds {low} to {high})" if many > 1 else "")
 
 
 def percent(values: Any, digits: int = 1) -> str:
-    """Return a share in per cent; for several, their mean and 95 % Student t interval, cut off at 0 and 100 %.
-
-    Args:
-        values: fractions, one or several.
-        digits: behind the decimal point.
-    """
+    """Return a fraction in per cent; for several, their mean and 95 % Student t interval, cut off at 0 and 100 %."""
     mean, *ends = (100 * end for end in mean_interval(values))
     low, high = (number(end, f".{digits}f") for end in np.clip(ends, 0, 100))
     return f"{number(mean, f'.{digits}f')} %" + (f" ({low} to {high})" if np.size(values) > 1 else "")
@@ -142,14 +122,7 @@ def points(values: Any, digits: int = 1, sign: str = "") -> str:
 
 
 def span(values: Any, form: str = ".1f", *, scale: float = 1, unit: str = "") -> str:
-    """Return the least and the greatest value in words, or the one that there is: "1.2 to 3.4 %".
-
-    Args:
-        values: not empty.
-        form: of each number, as ``format`` takes it.
-        scale: factor on the values.
-        unit: what follows the numbers.
-    """
+    """Return the least and the greatest value, times ``scale``, or the one that there is: "1.2 to 3.4 %"."""
     low, high = (number(scale * end, form) for end in (np.min(values), np.max(values)))
     return (low if low == high else f"{low} to {high}") + unit
 
@@ -166,26 +139,23 @@ def rounded(value: float) -> str:
 
 
 def share(count: float, images: float, *, of: str = "") -> str:
-    """Return a share of images in words with its 95 % Wilson interval, "1.4 % of 500 test images (…)".
-
-    Args:
-        count: images counted, such as the wrong ones.
-        images: in all.
-        of: what kind of images they are, such as ``"test images"``; their number is left out when empty.
-    """
+    """Return a share of images with its 95 % Wilson interval: "1.4 % (…)", or "1.4 % of 500 test images (…)"."""
     low, high = wilson(round(count), int(images))
     many = f" of {images:,.0f} {of}" if of else ""
     return f"{100 * count / images:.1f} %{many} (95 % Wilson interval {100 * low:.1f} to {100 * high:.1f})"
 
 
-def error(table: pd.DataFrame, split: str = "test") -> str:
+def error(table: pd.DataFrame, split: str = "test", *, brief: bool = False) -> str:
     """Return the error of one network over its seeds, or with Wilson's interval over images when there is one seed.
 
     Args:
         table: rows of the stored table ``networks``, one for each seed.
         split: of the images: ``"train"``, ``"validation"`` or ``"test"``.
+        brief: give the interval alone, for a text that says which intervals these are.
     """
     errors, images = table[f"{split}_error"], table[f"{split}_images"].iloc[0]
+    of = "" if brief else f"{'training' if split == 'train' else split} images"
     if len(table) == 1:
-        return share(errors.iloc[0] * images, images, of=f"{split} images")
-    return f"{over_seeds(errors)} of {images:,} {split} images"
+        text = share(errors.iloc[0] * images, images, of=of)
+        return text.replace("95 % Wilson interval ", "") if brief else text
+    return percent(errors) if brief else f"{over_seeds(errors)} of {images:,} {of}"
