@@ -1,6 +1,6 @@
 # make book      execute every notebook and build the pages        make refresh   write fresh outputs into book/
 # make test      lint, build, run every test and every notebook    make weights   train the shipped networks anew
-# make clean     remove _build, never runs, .venv, data              make bench     compare speed, side by side
+# make clean     remove _build, never runs, .venv or data          make bench     compare speed, side by side
 # make paper     train and measure the CIFAR-10 networks, hours to days; stop it and call it again at will
 #
 # Needs Python >= 3.10 (make PYTHON=python3.12 to choose one) and access to a package index, nothing else.
@@ -44,10 +44,10 @@ refresh: .venv/.installed
 
 SNAKEMAKE = $(RUN) -m snakemake --snakefile experiments/Snakefile
 paper: .venv/.experiments
-	@$(SNAKEMAKE) $(PAPER)
+	@exec $(SNAKEMAKE) $(PAPER)
 
 weights: .venv/.experiments
-	@$(SNAKEMAKE) weights $(PAPER)
+	@exec $(SNAKEMAKE) weights $(PAPER)
 
 bench: .venv/.installed
 	$(RUN) benchmarks/bench.py

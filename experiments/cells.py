@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -12,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +24,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import unravelling
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 from unravelling.data import write_atomically
@@ -31,6 +34,7 @@ from unravelling.train import RECIPES
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ["dataset", "network", "seed", "recipe"]
 """Columns that tell the rows of a table apart."""
+_held: list[FileLock] = []  # until this process ends
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -51,7 +55,12 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace)
 
     SIGTERM ends the process like Ctrl-C: files that are being written are removed, what was written before is whole.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     follow_parent()
     try:
         options.device = _device(options.device)
@@ -174,12 +183,23 @@ def _without_folder(argument: str) -> str:
 
 def _device(name: str) -> str:
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return _free_gpu() if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used ({error}): choose cpu, cuda or auto") from error
     return name
+
+
+def _free_gpu() -> str:
+    """Return a GPU that no other process of this project uses; the first where there is no such."""
+    for number in range(torch.cuda.device_count()):
+        lock = FileLock(Path(tempfile.gettempdir(), f"unravelling-{os.getuid()}-gpu{number}.lock"))
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
+            _held.append(lock)
+            return f"cuda:{number}"
+    return "cuda:0"
 
 
 def _seed(text: str) -> int:

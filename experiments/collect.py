@@ -22,12 +22,11 @@ from filelock import FileLock
 from matrix import TRAINING, Row, rows
 from unravelling import load, save
 from unravelling.stats import wilson
-from unravelling.weights import header
+from unravelling.stored import DEFAULT_RECIPES
+from unravelling.weights import OWN, header
 
 FILE_LIMIT, FOLDER_LIMIT, HALF_LIMIT = 10_000_000, 40_000_000, 3_000_000
 """Bytes of one file in the data, of all of them, and of weights that are not halved in precision."""
-SHIPPED_PLAIN = {"digits": "digits", "cifar10": "brief"}
-"""The recipe of each dataset whose weights have no recipe in their names."""
 
 Content = dict[Path, bytes | None]
 """What files of the data will hold, by their path in it; None for one that goes."""
@@ -265,7 +264,8 @@ def _weights(run: Mapping[str, Any], row: Row) -> str | None:
 
 
 def _home(row: Row) -> Path:
-    name = row.network if row.recipe == SHIPPED_PLAIN[row.dataset] else f"{row.network}-{row.recipe}"
+    """Return where a row's weights belong; their name has no recipe where that is the dataset's ordinary one."""
+    name = row.network if row.recipe == DEFAULT_RECIPES[row.dataset] else f"{row.network}-{row.recipe}"
     return Path("weights", row.dataset, f"{name}-seed{row.seed}.safetensors")
 
 
@@ -279,17 +279,20 @@ def _shipped(row: Row, data: Path) -> str | None:
 def _ship(row: Row, runs: Path, data: Path, new: Content) -> str | None:
     """Put a row's weights into the data, in half precision where they are large; return why not if they may not go."""
     source, path = runs / row.weights[0], _home(row)
-    about = header(source)
+    about = {k: v for k, v in header(source).items() if k not in OWN} | {"source": checksum(source)}
     if (data / path).exists() and new.get(path, b"") is not None:
         there = header(data / path)
         if there.get("recipe") != row.recipe:
             return f"{path} holds recipe {there.get('recipe')}: drop that recipe first"
         if checksum(source) == _shipped(row, data):
             return None
+    former = path.with_name(f"{row.network}-{row.recipe}-seed{row.seed}.safetensors")
+    if former != path and (data / former).exists():  # from before its recipe became the ordinary one
+        new[former] = None
     content = source.read_bytes()
     if len(content) > HALF_LIMIT:
         with tempfile.TemporaryDirectory() as scratch:
-            half = save(load(source), Path(scratch, "half.safetensors"), half=True, source=checksum(source), **about)
+            half = save(load(source), Path(scratch, "half.safetensors"), half=True, **about)
             content = half.read_bytes()
     size = sum(len(c) for c in new.values() if c) + len(content)
     size += sum(f.stat().st_size for f in _files(data) if f.relative_to(data) not in new | {path: b""})

@@ -256,6 +256,17 @@ def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
         assert cells.commit() == "unknown"
 
 
+def test_jobs_share_the_gpus_out(monkeypatch):
+    number = 100 + os.getpid() % 1000  # locks that no other test holds
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number + 2)
+    monkeypatch.setattr(cells, "range", lambda count: range(number, count), raising=False)
+    monkeypatch.setattr(cells, "_held", [])
+    assert [cells._free_gpu() for _ in range(3)] == [f"cuda:{number}", f"cuda:{number + 1}", "cuda:0"]
+    for lock in cells._held:
+        lock.release()
+    assert cells._free_gpu() == f"cuda:{number}"
+
+
 @pytest.mark.parametrize(("option", "value"), [("--device", "cuda:99"), ("--threads", "0"), ("--out", "w.pt")])
 def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path):
     options = {"--network": "resnet8", "--out": str(tmp_path / "w.safetensors")} | {option: value}
@@ -400,6 +411,16 @@ def test_weights_of_another_recipe_stay_until_it_is_dropped(runs, data):
     assert '-brief"' not in (data / "results/cifar10/provenance.json").read_text()
 
 
+def test_weights_change_their_name_when_their_recipe_becomes_the_ordinary_one(runs, tmp_path, monkeypatch):
+    folder = tmp_path / "weights/digits"
+    monkeypatch.setitem(collect.DEFAULT_RECIPES, "digits", "another")
+    collect.collect(TOY, runs, tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["resnet8-digits-seed0.safetensors"]
+    monkeypatch.setitem(collect.DEFAULT_RECIPES, "digits", "digits")
+    collect.collect(TOY, runs, tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["resnet8-seed0.safetensors"]
+
+
 def test_two_collectors_wait_for_each_other(runs, tmp_path):
     (tmp_path / "data").mkdir()
     with FileLock(tmp_path / "data/.lock"):
@@ -451,7 +472,7 @@ def snakemake(folder, *words):
     )
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened in time"
@@ -472,13 +493,13 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(ru
         children = psutil.Process(started.pid).children(recursive=True)
         assert children
         started.send_signal(kind)
-        started.wait(60)
+        started.wait(120)
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
         assert not (row / "weights.safetensors").exists()
         assert {f.name for f in row.iterdir() if f.suffix == ".csv"} >= {"checkpoint.0.gradient_norms.csv"}
     finished = snakemake(folder)
-    said, _ = finished.communicate(timeout=240)
+    said, _ = finished.communicate(timeout=400)
     assert finished.returncode == 0, said
     expected, found = contents(runs), contents(folder / "runs")
     for name, content in expected.items():
@@ -490,11 +511,45 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(ru
 
 
 @needs_snakemake
-@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
-def test_the_profiles_of_clusters_are_understood(profile, tmp_path):
-    if importlib.util.find_spec(f"snakemake_executor_plugin_{profile}") is None:
-        pytest.skip(f"the executor plugin for {profile} is not installed: see experiments/requirements.txt")
+@pytest.mark.parametrize(("profile", "plugin"), [("slurm", "slurm"), ("kubernetes", "cluster_generic")])
+def test_the_profiles_of_clusters_are_understood(profile, plugin, tmp_path):
+    if importlib.util.find_spec(f"snakemake_executor_plugin_{plugin}") is None:
+        pytest.skip(f"Snakemake's executor {plugin} is not installed: see experiments/requirements.txt")
     started = snakemake(tmp_path, "--workflow-profile", str(ROOT / "experiments/profiles" / profile), "--dry-run")
     said, _ = started.communicate(timeout=240)
     assert started.returncode == 0, said
-    assert "gpu=1" in said
+    assert said.count("gpu=1") == 4, said  # trainings and measurements
+
+
+@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
+def test_clusters_differ_from_one_machine_in_where_jobs_run_alone(profile):
+    here, there = (
+        yaml.safe_load((ROOT / f"experiments/profiles/{name}/config.yaml").read_text()) for name in ("default", profile)
+    )
+    shared = set(here) - {"cores", "quiet"}
+    assert {name: there[name] for name in shared} == {name: here[name] for name in shared}
+
+
+def test_a_pod_runs_the_script_of_a_job(tmp_path):
+    script, kubectl = ROOT / "experiments/profiles/kubernetes/pod.sh", tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ $1 = create ] && cat > {tmp_path}/pod; printf Failed\n'
+    )
+    kubectl.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNRAVELLING_DATA": "/net/images"}
+
+    def pod(*words):
+        command = [script, *words]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    name = pod("submit", "train", "2", "8000", "1", "/net/it's a job.sh")
+    asked = yaml.safe_load((tmp_path / "pod").read_text())
+    (container,) = asked["spec"]["containers"]
+    assert asked["metadata"]["name"] == name
+    assert container["command"] == ["bash", "/net/it's a job.sh"]
+    assert container["workingDir"] == str(tmp_path)
+    assert container["resources"] == {"requests": {"cpu": 2, "memory": "8000M"}, "limits": {"nvidia.com/gpu": 1}}
+    assert pod("status", name) == "failed"
+    assert f"delete pod {name}" in (tmp_path / "asked").read_text()
