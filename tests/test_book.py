@@ -29,16 +29,13 @@ _spec = importlib.util.spec_from_file_location("book", SCRIPT)
 book = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(book)
 
+code = book.code
 TAGS = {"colab", "remove-cell", "remove-input", "hide-input", "hide-output", "parameters",
         "nbval-check-output", "nbval-skip"}
 WITHOUT_PARAMETERS = {"index", "claims"}
 
 
 # -- policies ------------------------------------------------------------------------------------------------
-
-
-def code(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def title_first(notebook):
@@ -292,8 +289,9 @@ def test_every_policy_has_a_bad_example():
 
 
 def test_toc_and_book_folder_agree():
-    listed = [page.relative_to(ROOT).as_posix() for page in book.pages()]
-    present = [p.relative_to(ROOT).as_posix() for p in book.files(ROOT / "book") if p.suffix in (".ipynb", ".md")]
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = [toc["root"], *(entry["file"] for entry in toc["chapters"])]
+    present = [p.relative_to(ROOT).with_suffix("").as_posix() for p in files(ROOT / "book", {".ipynb", ".md"})]
     assert sorted(listed) == sorted(present)
 
 
@@ -309,13 +307,19 @@ def test_readme_shows_the_first_figure_of_the_index():
     assert "book/images/overview.png" in (ROOT / "README.md").read_text()
 
 
+def files(folder, kinds):
+    """Files of these kinds below a folder, hidden and generated ones left out."""
+    hidden = re.compile(r"\.(?!github$)|__pycache__$|.*\.egg-info$")
+    found = (p for p in folder.rglob("*") if p.suffix in kinds and p.is_file())
+    return [p for p in found if not any(hidden.match(part) for part in p.relative_to(folder).parts)]
+
+
 def sources():
-    """Text files of the repository that people read or run; generated and installed ones left out."""
-    kinds = {".md", ".ipynb", ".py", ".toml", ".yml", ".cff", ".txt", ".bib"}
-    places = [ROOT / name for name in ("book", "lib", "scripts", "tests", "benchmarks", "binder", ".github")]
-    found = [p for place in places if place.exists() for p in book.files(place)]
-    found += [p for p in ROOT.iterdir() if p.is_file()]
-    return [p for p in found if p.suffix in kinds and ".egg-info" not in str(p)]
+    """Text files of the repository that people read or run."""
+    kinds = {".md", ".ipynb", ".py", ".toml", ".yml", ".yaml", ".cff", ".txt", ".bib", ""}
+    places = "book", "lib", "scripts", "tests", "benchmarks", "experiments", "binder", ".github"
+    found = [p for name in places for p in files(ROOT / name, kinds)]
+    return found + [p for p in ROOT.iterdir() if p.is_file() and p.suffix in kinds and not p.name.startswith(".")]
 
 
 def test_repository_is_named_as_in_the_configuration():
@@ -389,10 +393,10 @@ def parameters(source):
 @pytest.fixture
 def project(tmp_path):
     """A copy of the pipeline with a book of one notebook; `.run(…)` calls scripts/book.py there."""
-    for folder in ("book", "lib/unravelling", "data", "scripts"):
+    for folder in ("lib/unravelling", "data"):
         (tmp_path / folder).mkdir(parents=True)
-    shutil.copy(SCRIPT, tmp_path / "scripts")
-    shutil.copytree(ROOT / "book/_static", tmp_path / "book/_static")
+    for folder in ("scripts", "book/_static"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "_config.yml", tmp_path)
     (tmp_path / "book/references.bib").write_text("")
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n  - file: book/01-one\n")
@@ -400,22 +404,29 @@ def project(tmp_path):
     (tmp_path / "book/index.md").write_text("# Index\n")
     small_notebook(tmp_path / "book/01-one.ipynb", "One", parameters("N = 3"), "print('N is', N)")
 
-    def run(*arguments):
-        return subprocess.run([sys.executable, tmp_path / "scripts/book.py", *arguments], capture_output=True,
-                              text=True, timeout=300)
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/.installed").touch()
+    command = ["make", "--no-print-directory", f"RUN={sys.executable}"]
+
+    def make(*arguments):
+        return subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     def replace(old, new):
         path = tmp_path / "book/01-one.ipynb"
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
 
-    return SimpleNamespace(root=tmp_path, run=run, replace=replace, one=tmp_path / "_build/executed/01-one.ipynb")
+    one = tmp_path / "_build/executed/01-one.ipynb"
+    return SimpleNamespace(root=tmp_path, make=make, replace=replace, command=command, one=one,
+                           run=lambda *options: make("_build/executed/01-one.ipynb", *options))
 
 
 def ran(done):
     """Names of the notebooks that a call executed."""
     assert done.returncode == 0, done.stderr
-    return [line.split()[0] for line in done.stdout.splitlines() if "unchanged" not in line and " MB" in line]
+    return [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" MB")]
 
 
 def tree(folder):
@@ -424,81 +435,94 @@ def tree(folder):
 
 def test_only_what_changed_is_run_again(project):
     small_notebook(project.root / "book/02-two.ipynb", "Two", "print('two')")
-    (project.root / "_toc.yml").open("a").write("  - file: book/02-two\n")
-    first = project.run("execute")
+    executed = "_build/executed/01-one.ipynb", "_build/executed/02-two.ipynb"
+    first = project.make(*executed)
     assert ran(first) == ["01-one", "02-two"]
     assert re.search(r"01-one +\d+\.\d s +\d+ MB", first.stdout)
-    assert ran(project.run("execute")) == []
+    assert ran(project.make(*executed)) == []
     project.replace("# One", "# Eins")  # prose
-    assert ran(project.run("execute")) == []
+    project.replace('"pass"', '"import sys"')  # the Colab cell
+    assert ran(project.make(*executed)) == []
     project.replace("N = 3", "N = 4")
-    assert ran(project.run("execute")) == ["01-one"]
+    assert ran(project.make(*executed)) == ["01-one"]
     (project.root / "lib/unravelling/__init__.py").write_text("x = 1")
-    html = project.run("html")
-    assert html.returncode == 1, "pages must not show a run of another library"
-    assert "01-one was not run as it is now" in html.stderr
-    assert ran(project.run("execute", "01-one")) == ["01-one"]
+    assert ran(project.make(executed[0])) == ["01-one"]
     (project.root / "data/a.csv").write_text("1")
-    assert ran(project.run("execute", "02-two")) == ["02-two"]
-    assert ran(project.run("execute")) == ["01-one"]
+    assert ran(project.make(executed[1])) == ["02-two"]
+    assert ran(project.make(*executed)) == ["01-one"]
+    (project.root / "data/a.csv").unlink()
+    assert ran(project.make(*executed)) == ["01-one", "02-two"]
 
 
-def test_failing_cell_stops_the_build_and_leaves_the_old_pages(project):
-    project.run("execute")
-    assert project.run("html").returncode == 0
+def test_edit_during_a_run_counts(project):
+    module = project.root / "lib/unravelling/__init__.py"
+    project.replace("print('N is', N)", f"open('{module}', 'w').close()")
+    assert ran(project.run()) == ["01-one"]
+    assert ran(project.run()) == ["01-one"], "the run saw the library as it was before"
+
+
+def test_book_is_built_once_and_a_failing_cell_leaves_the_old_pages(project):
+    assert ran(project.make("book")) == ["01-one"]
     pages = tree(project.root / "_build/html")
     assert b"N is 3" in pages[Path("book/01-one.html")]
     assert b"url=book/index.html" in pages[Path("index.html")]
+    assert project.make("book").stdout == "open _build/html/index.html\n"
 
     project.replace("print('N is', N)", "1 / 0")
-    done = project.run("execute")
-    assert done.returncode == 1
+    done = project.make("book")
+    assert done.returncode != 0
     assert "01-one.ipynb, cell 4 of 4: ZeroDivisionError: division by zero" in done.stderr
     assert "Traceback" not in done.stderr
     assert "ZeroDivisionError" in (project.root / "_build/reports/01-one.ipynb").read_text()
-    html = project.run("html")
-    assert html.returncode == 1
-    assert "01-one" in html.stderr
     assert tree(project.root / "_build/html") == pages
+    assert project.make("book").returncode != 0, "a second try must not pass either"
+    project.replace("1 / 0", "print('N was', N)")
+    assert ran(project.make("book")) == ["01-one"]
+    assert "N was 3" in (project.root / "_build/html/book/01-one.html").read_text()
+    assert not (project.root / "_build/reports/01-one.ipynb").exists()
 
 
 def test_warning_stops_the_pages_and_names_the_file(project):
-    assert project.run("html", "--committed").returncode == 0
+    assert project.make("pages").returncode == 0
     pages = tree(project.root / "_build/committed")
     project.replace("# One", "# One\\n\\nSee {numref}`fig-absent`.")
-    done = project.run("html", "--committed")
-    assert done.returncode == 1
+    (project.root / "_toc.yml").open("a").write("  - file: book/02-two\n")
+    done = project.make("pages")
+    assert done.returncode != 0
     assert "book/01-one.ipynb" in done.stderr
     assert "fig-absent" in done.stderr
+    assert "book/02-two" in done.stderr
     assert tree(project.root / "_build/committed") == pages
-    assert project.run("html", "--committed").returncode == 1, "a second try must not pass either"
-    draft = project.run("html", "--draft")
-    assert draft.returncode == 0
-    assert "fig-absent" in draft.stderr
+    assert project.make("pages").returncode != 0, "a second try must not pass either"
+    assert not list((project.root / "_build").glob("pages-*"))
 
 
 def test_unknown_parameter_is_an_error_and_a_known_one_counts(project):
-    done = project.run("execute", "-p", "M", "5")
-    assert done.returncode == 1
+    done = project.run("PARAMETERS=-p M 5")
+    assert done.returncode != 0
     assert re.search(r"parameter M\b.*01-one: N", done.stderr, flags=re.S)
     assert not project.one.exists()
 
-    assert ran(project.run("execute", "-p", "N", "5")) == ["01-one"]
+    assert ran(project.run("PARAMETERS=-p N 5")) == ["01-one"]
     assert "N is 5" in project.one.read_text()
-    assert ran(project.run("execute", "-p", "N", "5")) == []
-    assert ran(project.run("execute")) == ["01-one"]
+    assert ran(project.run("PARAMETERS=-p N 5")) == []
+    assert ran(project.run()) == ["01-one"]
     assert "N is 3" in project.one.read_text()
 
 
-def test_unknown_notebook_is_an_error(project):
-    done = project.run("execute", "02-two")
-    assert done.returncode == 1
-    assert "02-two" in done.stderr
-    assert "01-one" in done.stderr
-    (project.root / "book/01-one.ipynb").unlink()
-    done = project.run("execute")
-    assert done.returncode == 1
-    assert "book/01-one, which does not exist" in done.stderr
+def test_refresh_takes_no_parameters(project):
+    before = tree(project.root / "book")
+    done = project.make("refresh", "PARAMETERS=-p N 5")
+    assert done.returncode != 0
+    assert "without PARAMETERS" in done.stderr
+    assert tree(project.root / "book") == before
+
+
+def test_unreadable_notebook_is_named(project):
+    (project.root / "book/01-one.ipynb").write_text("<<<<<<< HEAD")
+    done = project.make("book")
+    assert done.returncode != 0
+    assert "book/01-one.ipynb is not a readable notebook" in done.stderr
 
 
 def kernels(folder):
@@ -516,8 +540,8 @@ def kernels(folder):
 def test_interrupted_run_is_not_taken_for_finished(project, how):
     started = project.root / "started"
     project.replace("print('N is', N)", f"open('{started}', 'w').close(); import time; time.sleep(3000)")
-    command = [sys.executable, project.root / "scripts/book.py", "execute", "01-one"]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*project.command, "_build/executed/01-one.ipynb"], cwd=project.root,
+                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not started.exists():
         assert time.monotonic() < deadline, "the notebook never started"
@@ -534,19 +558,19 @@ def test_interrupted_run_is_not_taken_for_finished(project, how):
             pytest.fail("the kernel was still running")
         time.sleep(0.1)
     project.replace("time.sleep(3000)", "print('done')")
-    assert ran(project.run("execute", "01-one")) == ["01-one"]
+    assert ran(project.run()) == ["01-one"]
     assert "done" in project.one.read_text()
 
 
 def test_progress_bars_leave_no_trace_and_warnings_are_reported(project):
     bar = "import sys\\nfor i in range(3):\\n    print(f'\\\\r{i}', end='', file=sys.stderr, flush=True)"
     project.replace("print('N is', N)", bar)
-    done = project.run("execute", "01-one")
+    done = project.run()
     assert ran(done) == ["01-one"]
     assert done.stderr == ""
     assert book.read(project.one).cells[-1].outputs == []
     project.replace("print(f'\\\\r{i}', end='', file", "print('beware', file")
-    done = project.run("execute", "01-one")
+    done = project.run()
     assert "01-one.ipynb, cell 4 wrote to stderr: beware" in done.stderr
     assert book.read(project.one).cells[-1].outputs == []
 
@@ -557,8 +581,8 @@ def test_refresh_writes_normalised_notebooks_once(project):
     small_notebook(project.root / "book/index.ipynb", "Index", plot)
     project.replace('"metadata": {}', '"metadata": {"collapsed": true}')  # as an editor leaves it
     identifiers = [cell.id for cell in book.read(project.root / "book/01-one.ipynb").cells]
-    done = project.run("refresh")
-    assert ran(done) == ["index", "01-one"], done.stderr
+    done = project.make("refresh")
+    assert ran(done) == ["01-one", "index"], done.stderr
     one = book.read(project.root / "book/01-one.ipynb")
     assert [cell.id for cell in one.cells] == identifiers
     assert [policy(one) for policy in (executed_in_order, nothing_vacuous, tidy, colab_cell)] == [[]] * 4
@@ -567,17 +591,17 @@ def test_refresh_writes_normalised_notebooks_once(project):
     assert picture.startswith(b"\x89PNG")
 
     before = tree(project.root / "book")
-    assert "wrote" not in project.run("refresh").stdout
+    assert "wrote" not in project.make("refresh").stdout
     shutil.rmtree(project.root / "_build")
-    assert "wrote" not in project.run("refresh").stdout, "a fresh run of the same code changed the notebooks"
+    assert "wrote" not in project.make("refresh").stdout, "a fresh run of the same code changed the notebooks"
     assert tree(project.root / "book") == before
 
 
 def test_failed_refresh_changes_no_output(project):
-    project.run("refresh")
+    project.make("refresh")
     project.replace("print('N is', N)", "1 / 0")
     before = tree(project.root / "book")
-    assert project.run("refresh").returncode == 1
+    assert project.make("refresh").returncode != 0
     assert tree(project.root / "book") == before
 
 
@@ -586,7 +610,7 @@ def test_outputs_go_to_the_code_that_made_them(tmp_path):
     edited = good()
     edited.cells[5].source = "print(2 * N)"
     nbformat.write(edited, tmp_path / "a.ipynb")
-    with pytest.raises(book.BookError, match=r"a\.ipynb was edited while it ran"):
+    with pytest.raises(book.BookError, match=r"a\.ipynb is not the one that ran"):
         book.with_outputs(tmp_path / "a.ipynb", executed)
     edited.cells[5].source = "print(N)"
     edited.cells[2].source = "Other prose."
