@@ -66,12 +66,13 @@ ifneq ($(and $(PARAMETERS),$(filter refresh,$(MAKECMDGOALS))),)
 $(error book/ holds the outputs of the parameters as they stand there: make refresh without PARAMETERS)
 endif
 
-# Networks are small: a thread a process, and a file's tests in one process, since a notebook's cells need each other.
+# Networks are small: a thread a process. A file's tests stay in one process, since a notebook's cells need each other,
+# and the notebooks begin, since the longest of them would be late otherwise.
 test: export OMP_NUM_THREADS := 1
 test: .venv/.installed .venv/.experiments
 	$(RUN) -m ruff check .
 	@$(MAKE) --no-print-directory pages
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --nbval-lax --nbval-current-env tests book
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env book tests
 
 # Interrupted, it goes on where it was; finished, it starts from scratch the next time.
 SHIPPED := resnet110 resnet20 plain20 vgg15
