@@ -35,7 +35,7 @@ RUN := .venv/bin/python
 # too, since a file may be removed). What changes none of them runs nothing: prose, and outputs written back.
 NAMES := $(basename $(notdir $(wildcard book/*.ipynb)))
 LIBRARY := $(shell find lib/unravelling -name '*.py')
-DATA := $(shell find data -not -name '.*')
+DATA := $(shell find data -mindepth 1 -not -path '*/.*')
 PAGES := _config.yml _toc.yml scripts/book.py $(LIBRARY) $(shell find book -type f -not -path '*/.*')
 
 book: _build/html/index.html
