@@ -1,6 +1,6 @@
 # make book      execute every notebook and build the pages        make refresh   write fresh outputs into book/
 # make test      lint, build, run every test and every notebook    make pages     the pages from the outputs in book/
-# make clean     remove _build, never .venv or data                make bench     compare speed, side by side
+# make clean     remove _build, never runs, .venv, data            make bench     compare speed, side by side
 # make weights   train and measure the shipped networks anew       make paper     CIFAR-10, hours to days: stop at will
 #
 # make refresh ONLY=05-deleting-blocks                      one notebook
@@ -25,10 +25,6 @@ RUN := .venv/bin/python
 	@rm -f $@
 	@echo "installing requirements.txt into .venv; this takes minutes the first time, and gigabytes on Linux"
 	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
-	@touch $@
-
-.venv/.experiments: experiments/requirements.txt .venv/.installed
-	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement $<
 	@touch $@
 
 # A run depends on the notebook's code and parameters, which `notes` extracts, on the library and on the data (folders
@@ -74,26 +70,18 @@ test: .venv/.installed .venv/.experiments
 	@$(MAKE) --no-print-directory pages
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env book tests
 
-# Interrupted, it goes on where it was; finished, it starts from scratch the next time.
-SHIPPED := resnet110 resnet20 plain20 vgg15
-weights: .venv/.installed
-	$(RUN) -m unravelling train $(SHIPPED) vgg15-nobn resnet32 resnet56 plain32 plain56 --seeds 0-4
-	$(RUN) -m unravelling measure resnet110 --seeds 0-4
-	$(RUN) -m unravelling measure resnet20 plain20 vgg15 vgg15-nobn --seeds 0-4 --what delete_each delete_random delete_reestimated
-	$(RUN) -m unravelling measure plain20 --seeds 0-4 --what reorder
-	for recipe in digits-short-paths digits-short-paths-long digits-stochastic-depth; do \
-	  $(RUN) -m unravelling train resnet110 --seeds 0-4 --recipe $$recipe; \
-	  $(RUN) -m unravelling measure resnet110 --seeds 0-4 --recipe $$recipe --what intact delete_each delete_random; done
-	$(RUN) -m unravelling train resnet20 --seeds 5-29
-	$(RUN) -m unravelling ensemble resnet20 --seeds 0-29 --size 6
-	mkdir -p data/weights/digits data/results/digits
-	for file in $(SHIPPED:%=weights/digits/%-seed0.safetensors) $$(cd _build/runs && ls results/digits/*.csv results/digits/provenance.json); do \
-	  cp _build/runs/$$file data/$$file.new && mv data/$$file.new data/$$file; done
-	rm -r _build/runs
+# Snakemake and what it needs are installed for these two and the tests alone. Options and targets go into PAPER, such as
+# make paper PAPER='tier1 --cores 4', and make paper PAPER=-n says what remains. CIFAR-10 is where UNRAVELLING_DATA says.
+.venv/.experiments: .venv/.installed experiments/requirements.txt
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement experiments/requirements.txt
+	@touch $@
 
-# Options go into PAPER: make paper PAPER='--recipe brief --budget 2h'. CIFAR-10 is where UNRAVELLING_DATA says.
-paper: .venv/.installed
-	@$(RUN) -m unravelling paper --device auto --publish data $(PAPER)
+SNAKEMAKE = $(RUN) -m snakemake --snakefile experiments/Snakefile
+paper: .venv/.experiments
+	@$(SNAKEMAKE) $(PAPER)
+
+weights: .venv/.experiments
+	@$(SNAKEMAKE) weights $(PAPER)
 
 bench: .venv/.installed
 	$(RUN) benchmarks/bench.py

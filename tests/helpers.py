@@ -13,8 +13,8 @@ SMALL = {
     "post-projection": lambda: resnet(14, width=4, in_channels=1, seed=1, preactivation=False, shortcut="projection"),
     "plain": lambda: plain(14, width=4, in_channels=1, seed=1),
     "plain-post": lambda: plain(14, width=4, in_channels=1, seed=1, preactivation=False),
-    "vgg": lambda: vgg(15, width=4, in_channels=1, image_size=8, seed=1),
-    "vgg-nobn": lambda: vgg(15, width=4, in_channels=1, image_size=8, batch_norm=False, seed=1),
+    "vgg": lambda: vgg(15, width=12, in_channels=1, image_size=8, seed=1),
+    "vgg-nobn": lambda: vgg(15, width=12, in_channels=1, image_size=8, batch_norm=False, seed=1),
 }
 """One network of every kind, for 1×8×8 images."""
 

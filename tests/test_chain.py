@@ -8,7 +8,8 @@ from helpers import SMALL, images, mix_modes, small, snapshot, states_by_hand
 from torch import nn
 from torch.testing import assert_close
 from unravelling import Chain, Unit, resnet
-from unravelling.chain import eval_mode
+from unravelling.chain import NoSkip
+from unravelling.nets import Pad
 
 
 class Times(nn.Module):
@@ -47,14 +48,45 @@ def test_unit_computes_by_hand(unit, expected):
 
 
 def test_unit_knows_its_kind():
-    unit = Unit(Times(3), Times(10), name="a", stage=2)
+    unit = Unit(Times(3), Times(10), name="a", stage=2, transition=True)
     gone = unit.deleted()
     assert (unit.is_transition, unit.is_deleted) == (True, False)
     assert (gone.is_transition, gone.is_deleted, gone.name, gone.stage) == (True, True, "a", 2)
+    assert (gone.has_identity_skip, Unit(Times(3)).has_identity_skip) == (False, True)
     assert not Unit(Times(3)).is_transition
+    assert not Unit(Times(3), Times(10)).is_transition, "a skip of equal shape is no transition"
     assert repr(unit).startswith("Unit(\n  a, stage 2, residual, transition")
     assert "plain" in Unit(Times(3), residual=False).extra_repr()
     assert gone.extra_repr() == "a, stage 2, deleted, transition"
+
+
+@pytest.mark.parametrize(
+    ("skip", "changes"),
+    [
+        (nn.Conv2d(4, 4, 1), False),
+        (nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)), False),
+        (Pad(0, 1), False),
+        (nn.MaxPool2d(3, 1, 1), False),
+        (nn.Linear(7, 7), False),
+        (nn.Conv2d(4, 8, 1), True),
+        (nn.Sequential(nn.Conv2d(4, 4, 1, 2), nn.BatchNorm2d(4)), True),
+        (nn.MaxPool2d(2), True),
+        (Pad(4, 1), True),
+        (Pad(0, 2), True),
+        (nn.Linear(7, 8), True),
+        (NoSkip("a"), True),
+    ],
+)
+def test_a_skip_says_whether_the_shape_changes(skip, changes):
+    unit = Unit(Times(3), skip)
+    assert unit.is_transition == changes
+    assert Unit(Times(3), skip, transition=not changes).is_transition != changes
+    assert unit.scaled(2).is_transition == changes
+    assert unit.has_identity_skip is False
+    if not isinstance(skip, (NoSkip, nn.Linear)):
+        y = torch.zeros(1, 4, 6, 6)
+        assert (skip(y).shape != y.shape) == changes
+        assert unit.deleted().is_transition == changes
 
 
 def test_chain_of_three_by_hand():
@@ -226,6 +258,25 @@ def test_orders_that_do_not_fit(order, error, message):
     assert snapshot(chain) == before
 
 
+def test_a_unit_moves_with_a_skip_that_keeps_the_shape():
+    """A projection of equal shape is no identity, and no reason to stay."""
+    torch.manual_seed(0)
+    units = [Unit(nn.Linear(3, 3), nn.Linear(3, 3)), Unit(nn.Linear(3, 3)), Unit(nn.Linear(3, 4), nn.Linear(3, 4))]
+    chain, x = Chain(nn.Identity(), units, nn.Identity()), torch.randn(2, 3)
+    y = units[1](x)
+    assert torch.equal(chain.reordered([1, 0, 2])(x), units[2](units[0](y)))
+    with pytest.raises(ValueError, match="unit 2 changes the shape of its input: leave it at position 2"):
+        chain.reordered([0, 2, 1])
+
+
+def test_a_unit_without_a_skip_is_refused_without_a_call(monkeypatch):
+    monkeypatch.setattr(NoSkip, "forward", lambda self, y: pytest.fail("a module was called to raise its error"))
+    unit = Unit(nn.Linear(3, 4), NoSkip("block3"), residual=False)
+    with pytest.raises(ValueError, match=r"^the unit block3 has no skip and changes the shape of its state"):
+        unit.deleted()
+    assert not unit.can_be_deleted
+
+
 def test_a_deleted_transition_stays_where_it_is():
     chain = resnet(14, width=2, in_channels=1).without(2)
     with pytest.raises(ValueError, match="unit 2 changes the shape of its input"):
@@ -238,13 +289,3 @@ def test_repr_is_one_readable_line():
     assert repr(chain) == "resnet110: 54 units (18+18+18), 1.73 M parameters"
     assert repr(chain.without(3, 7)).startswith("resnet110: 54 units (18+18+18), deleted [3, 7], 1.72 M")
     assert repr(Chain(nn.Identity(), [Unit(Times(1))], nn.Identity())) == "chain: 1 units (1), 0.00 M parameters"
-
-
-def test_eval_mode_gives_every_part_its_mode_back_even_after_an_error():
-    chain = small("post")
-    mix_modes(chain)
-    before = snapshot(chain)
-    with pytest.raises(ZeroDivisionError), eval_mode(chain):  # noqa: PT012
-        assert not any(part.training for part in chain.modules())
-        raise ZeroDivisionError
-    assert snapshot(chain) == before

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import batch_norm, cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
-from unravelling import Split, delete_each, delete_random, evaluate, plain, reestimate_batch_norm, resnet, vgg
+from unravelling import (
+    Split,
+    delete_each,
+    delete_random,
+    evaluate,
+    plain,
+    reestimate_batch_norm,
+    reorder,
+    resnet,
+    vgg,
+)
 from unravelling.lesion import evaluate_variants, variant_logits
 from unravelling.stats import paired_bootstrap, wilson
 
@@ -194,6 +204,48 @@ def test_the_network_stays_as_it_is_after_an_error():
     with pytest.raises(RuntimeError):
         delete_each(chain, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))])
     assert snapshot(chain) == before
+
+
+@pytest.mark.parametrize("trials", [0, -3])
+@pytest.mark.parametrize("function", [delete_random, reorder])
+def test_no_trials(function, trials):
+    with pytest.raises(ValueError, match=rf"^trials must be at least 1, not {trials}$"):
+        function(small("pre"), BATCHES, 1, trials)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_that_is_no_class(label):
+    x, y = images(3)
+    y[1] = label
+    with pytest.raises(ValueError, match=rf"^there is a label {label}: expected 0 to 9, or -100 to ignore it$"):
+        delete_each(small("pre"), (x, y))
+
+
+def test_nothing_but_ignored_labels():
+    x, y = images(3)
+    with pytest.raises(ValueError, match=r"^every label is -100, which counts for nothing"):
+        delete_each(small("pre"), (x, torch.full_like(y, -100)))
+
+
+def test_labels_that_only_a_loss_understands():
+    x, y = images(3)
+    batch = [(x, {"class": y})]
+    with pytest.raises(ValueError, match=r"^the labels are a dict: pass a loss that knows what to do with them$"):
+        delete_each(small("pre"), batch)
+    table = delete_each(small("pre"), batch, loss=lambda logits, y: cross_entropy(logits, y["class"]))
+    assert table["loss"].to_numpy() == pytest.approx(delete_each(small("pre"), (x, y))["loss"].to_numpy(), rel=1e-5)
+    assert table["error"].isna().all()
+
+
+def test_ignored_images_count_for_nothing():
+    chain, (x, y) = small("pre"), images(5)
+    some = y.clone()
+    some[[1, 3]] = -100
+    table = delete_each(chain, [(x[:2], some[:2]), (x[2:], some[2:])])
+    kept = [0, 2, 4]
+    expected = delete_each(chain, (x[kept], y[kept]))
+    assert table["error"].to_numpy() == pytest.approx(expected["error"].to_numpy())
+    assert table["loss"].to_numpy() == pytest.approx(expected["loss"].to_numpy(), rel=1e-5)
 
 
 # ---------------------------------------------------------------- random choices

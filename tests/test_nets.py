@@ -63,11 +63,11 @@ def test_parameters_of_the_other_forms(depth):
 
 
 def test_parameters_of_vgg():
-    channels = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    channels = [3, *[128] * 13]  # in every layer, as in the paper
     convolutions = sum(9 * a * b for a, b in pairwise(channels))
     norms = sum(2 * c for c in channels[1:])
-    hidden, output = 512 * 512 + 512, 512 * 10 + 10
-    assert parameters(vgg(15)) == convolutions + norms + hidden + 2 * 512 + output
+    hidden, output = 128 * 128 + 128, 128 * 10 + 10
+    assert parameters(vgg(15)) == convolutions + norms + hidden + 2 * 128 + output
     biases = sum(channels[1:])
     assert parameters(vgg(15, batch_norm=False)) == convolutions + biases + hidden + output
 
@@ -171,19 +171,29 @@ def test_pad_keeps_every_other_pixel_and_appends_zeros():
 @pytest.mark.parametrize(
     ("options", "sides"),
     [
-        ({"in_channels": 1, "image_size": 8, "width": 2}, [8, 8, 4, 4, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]),
-        ({"in_channels": 3, "image_size": 32, "width": 2}, [32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2, 1]),
+        ({"in_channels": 1, "image_size": 8, "width": 4}, [8, 8, 4, 4, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]),
+        ({"in_channels": 3, "image_size": 32, "width": 4}, [32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2, 1]),
     ],
 )
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_shapes_in_vgg(options, sides, batch_norm):
     chain = vgg(15, **options, batch_norm=batch_norm).eval()
     channels, side = options["in_channels"], options["image_size"]
-    expected = [channels] + [2 * factor for factor in (1, 1, 2, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8)]
+    expected = [channels, *[4] * 13]
     with torch.no_grad():
         states = chain.trace(torch.randn(2, channels, side, side))
         assert [tuple(y.shape) for y in states] == [(2, c, s, s) for c, s in zip(expected, sides, strict=True)]
         assert chain.head(states[-1]).shape == (2, 10)
+    changes = [a.shape != b.shape for a, b in pairwise(states)]
+    assert [unit.is_transition for unit in chain.units] == changes
+    assert [not unit.has_identity_skip for unit in chain.units] == changes
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_only_the_first_layer_of_vgg_can_append_channels(width):
+    chain = vgg(15, in_channels=1, width=width, image_size=8)
+    appending = [[part.extra_channels for part in unit.skip.modules() if isinstance(part, Pad)] for unit in chain.units]
+    assert appending == [[width - 1] if width > 1 else [], *[[]] * 12]
 
 
 @pytest.mark.parametrize("dataset", SHAPES)
@@ -227,14 +237,18 @@ def test_depths_that_do_not_exist(make, depth, nearest):
     ("call", "message"),
     [
         (lambda: vgg(16), "there is no vgg(16) here: use vgg(15), the one that Veit et al. compare with"),
-        (lambda: resnet(20, shortcut="conv"), "unknown shortcut 'conv': use \"pad\" or \"projection\""),
+        (lambda: resnet(20, shortcut="conv"), 'unknown shortcut \'conv\': use "pad" or "projection"'),
         (
             lambda: build("resnext50"),
             "unknown network 'resnext50': expected a name such as resnet110, plain56-post or vgg15-nobn",
         ),
         (lambda: build("resnet20-nobn"), "resnet has no variant -nobn: it has post, projection"),
         (lambda: build("plain20-projection"), "plain has no variant -projection: it has post"),
-        (lambda: build("vgg15-post"), "vgg has no variant -post: it has narrow, nobn"),
+        (lambda: build("vgg15-post"), "vgg has no variant -post: it has nobn"),
+        (
+            lambda: build("vgg15-narrow"),
+            "unknown network 'vgg15-narrow': expected a name such as resnet110, plain56-post or vgg15-nobn",
+        ),
         (lambda: build("resnet20", "mnist"), "unknown dataset 'mnist': expected one of digits, cifar10"),
     ],
 )
@@ -310,8 +324,9 @@ def test_the_config_rebuilds_the_network(name):
 
 def test_build_knows_the_datasets():
     assert build("vgg15", "digits").config == {
-        "name": "vgg15", "in_channels": 1, "classes": 10, "width": 16, "image_size": 8,
+        "name": "vgg15", "in_channels": 1, "classes": 10, "width": 64, "image_size": 8,
     }  # fmt: skip
-    narrow = build("vgg15", "cifar10", width=2, in_channels=1).config
-    assert (narrow["image_size"], narrow["width"], narrow["in_channels"]) == (32, 2, 1)
+    assert build("vgg15", "cifar10").config["width"] == 128
+    options = build("vgg15", "cifar10", width=2, in_channels=1).config
+    assert (options["image_size"], options["width"], options["in_channels"]) == (32, 2, 1)
     assert build("resnet8", "cifar10").config == {"name": "resnet8", "in_channels": 3, "classes": 10, "width": 16}

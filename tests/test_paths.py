@@ -4,15 +4,32 @@ import copy
 import math
 from itertools import product
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import SMALL, images, mix_modes, randomized, shortcut_by_hand, small, snapshot, states_by_hand
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import DropPath
 from torch import nn
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy, relu
-from unravelling import Chain, Unit, gradient_by_length, gradient_norms, path_gradients, plain, resnet
+from torchvision.ops import StochasticDepth
+from unravelling import (
+    Chain,
+    Unit,
+    evaluate,
+    gradient_by_length,
+    gradient_norms,
+    mean_length,
+    path_gradients,
+    path_norms,
+    plain,
+    resnet,
+    sample_path_gradients,
+    spectrum,
+)
 
 KINDS = {
     "pre": lambda depth, seed: resnet(depth, width=3, in_channels=1, seed=seed),
@@ -269,6 +286,113 @@ def test_batch_norm_in_training_mode_is_refused(function):
     with pytest.raises(ValueError, match=r"^batch norm is in training mode, .*: call chain\.eval\(\) first$"):
         function(chain, x, y)
     assert snapshot(chain) == before
+
+
+def call(function, chain, x, y):
+    return function(chain, x, y, **ARGUMENTS.get(function, {}))
+
+
+ARGUMENTS = {path_norms: {"repeats": 2}, sample_path_gradients: {"lengths": [1], "samples": 2}}
+FUNCTIONS = [gradient_by_length, path_gradients, mean_length, path_norms, sample_path_gradients]
+
+
+class OwnNoise(nn.Module):
+    """Randomness of one's own, in training mode alone."""
+
+    def forward(self, y):
+        return y + torch.randn_like(y) if self.training else y
+
+
+RANDOM = {
+    "dropout": lambda: nn.Dropout(0.5),
+    "StochasticDepth": lambda: StochasticDepth(0.5, "row"),
+    "DropPath": lambda: DropPath(0.5),
+    "RReLU": lambda: nn.RReLU(),
+    "of one's own": OwnNoise,
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("place", ["stem", "branch", "head"])
+def test_whatever_draws_random_numbers_is_refused(place, function, kind):
+    noise = RANDOM[kind]().train()
+    parts = {key: nn.Sequential(nn.Linear(4, 4), *[noise] * (key == place)) for key in ("stem", "branch", "head")}
+    chain = Chain(parts["stem"], [Unit(parts["branch"]), Unit(nn.Linear(4, 4))], parts["head"])
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"^the network draws random numbers, .*: call chain\.eval\(\) first$"):
+        call(function, chain, x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+    chain.eval()
+    first, second = (torch.tensor(np.asarray(flat(call(function, chain, x, y)))) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def flat(result):
+    return torch.stack([*result.values()]) if isinstance(result, dict) else result
+
+
+def test_noise_with_probability_zero_is_none():
+    chain = Chain(nn.Dropout(0), [Unit(nn.Linear(4, 4)), Unit(StochasticDepth(0, "row"))], nn.Linear(4, 4)).train()
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    assert close(sum(gradient_by_length(chain, x, y)), whole_gradient(chain, x, y), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_states_may_change_their_rank(function):
+    """Images become vectors on the way: the functions give what they give where the stem has done so already."""
+    torch.manual_seed(0)
+    linear = [nn.Linear(8, 8).double() for _ in range(3)]
+    flatten = Unit(nn.Flatten(), nn.Flatten(), residual=False)
+    units = [Unit(layer) for layer in linear]
+    square = nn.Unflatten(1, (2, 2, 2))
+    x, y = torch.randn(5, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    changing = Chain(square, [Unit(nn.Sequential(nn.Flatten(), linear[0], square)), flatten, *units[1:]], nn.Identity())
+    same = Chain(nn.Identity(), [units[0], Unit(nn.Identity(), residual=False), *units[1:]], nn.Identity())
+    arguments = {path_norms: {"repeats": 4}, sample_path_gradients: {"lengths": [1, 2, 4], "samples": 3}}
+    found, expected = (function(chain, x, y, **arguments.get(function, {})) for chain in (changing, same))
+    if isinstance(expected, pd.DataFrame):
+        pd.testing.assert_frame_equal(found, expected)
+    else:
+        assert close(flat(found).flatten(), flat(expected).flatten())
+
+
+@pytest.mark.parametrize("samples", [0, -2])
+def test_no_samples(samples):
+    chain, (x, y) = small("pre"), images()
+    with pytest.raises(ValueError, match=rf"^samples must be at least 1, not {samples}$"):
+        sample_path_gradients(chain, x, y, [1], samples)
+
+
+class NoFloat64(torch.Tensor):
+    """A tensor of a device without float64, as Apple's GPUs have none; on the CPU it is an ordinary one."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.cpu:
+            return result.as_subclass(torch.Tensor)
+        assert not (isinstance(result, NoFloat64) and result.dtype == torch.float64), f"{func} made float64"
+        return result
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, gradient_norms, evaluate, spectrum])
+def test_a_device_without_float64_will_do(function):
+    chain, (x, y) = small("pre"), images()
+    if function is spectrum:
+        x, y, function = gradient_by_length(chain, x, y), None, lambda chain, x, y: spectrum(x)
+    elif function is evaluate:
+        function = lambda chain, x, y: evaluate(chain, (x, y))  # noqa: E731
+    expected, found = (call(function, chain, given, y) for given in (x, x.as_subclass(NoFloat64)))
+    with pytest.raises(AssertionError, match="made float64"):
+        x.as_subclass(NoFloat64).double()
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found.cpu(), expected)
+    elif isinstance(expected, pd.DataFrame):
+        pd.testing.assert_frame_equal(found, expected)
+    else:
+        assert all(torch.equal(torch.as_tensor(found[key]).cpu(), torch.as_tensor(expected[key])) for key in expected)
 
 
 @pytest.mark.parametrize("function", [gradient_by_length, path_gradients, gradient_norms])

@@ -1,116 +1,134 @@
-"""The figures that set data sets side by side, on stored results of a made-up project."""
-
-import json
+"""What the figures draw, read back from their axes."""
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 from unravelling import plots
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """Results of two digits networks with three seeds, and of one CIFAR-10 network with one."""
-    rows = {
-        "digits": [("resnet110", seed, "digits", unit) for seed in range(3) for unit in range(4)]
-        + [("plain20", seed, "digits", unit) for seed in range(2) for unit in range(2)],
-        "cifar10": [("resnet110", 0, "brief", unit) for unit in range(4)] + [("resnet110", 7, "paper", 0)],
-    }
-    for dataset, some in rows.items():
-        folder = tmp_path / "data/results" / dataset
-        folder.mkdir(parents=True)
-        table = pd.DataFrame(some, columns=["network", "seed", "recipe", "unit"])
-        table.insert(0, "dataset", dataset)
-        table["error"] = 0.1 * table["unit"]
-        table.to_csv(folder / "delete_each.csv", index=False)
-        table.to_csv(folder / "networks.csv", index=False)
-        run = {"data": "CIFAR-10 (JPEG-75 copy)"} if dataset == "cifar10" else {}
-        (folder / "provenance.json").write_text(json.dumps({"networks.csv": [run]}))
+@pytest.fixture(autouse=True)
+def closed(tmp_path, monkeypatch):
+    """A project without results, since figures read nothing but what titles say of images; and no figure left open."""
+    (tmp_path / "data/results").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    yield
     plt.close("all")
 
 
+def rows(dataset, networks, seeds, recipe):
+    keys = [(dataset, name, seed, recipe, unit) for name in networks for seed in range(seeds) for unit in range(4)]
+    table = pd.DataFrame(keys, columns=["dataset", "network", "seed", "recipe", "unit"])
+    return table.assign(error=0.1 * table["unit"] + 0.2, delta_error=0.1 * table["unit"])
+
+
+@pytest.fixture
+def tables():
+    cifar10 = rows("cifar10", ["resnet110"], 1, "brief")
+    return {"digits": rows("digits", ["resnet110", "plain20"], 3, "digits"), "cifar10": cifar10}
+
+
 def line(table, ax):
-    ax.plot(table["unit"], table["error"])
+    ax.plot(table["unit"], table["error"], label="some")
 
 
-def test_both_reads_one_recipe_and_the_networks_asked_for(project):
-    tables = plots.both("delete_each", "resnet110")
-    assert list(tables) == ["digits", "cifar10"]
-    assert [len(table) for table in tables.values()] == [12, 4]
-    assert [len(table) for table in plots.both("delete_each").values()] == [16, 4]
-    assert set(plots.both("delete_each", recipe="paper")["cifar10"]["seed"]) == {7}
-
-
-def test_what_is_not_stored_has_no_rows_but_the_columns_of_a_network(project):
-    tables = plots.both("reorder", "resnet110")
-    assert all(table.empty and {"network", "seed", "recipe"} <= set(table) for table in tables.values())
-
-
-def test_pending_names_what_is_missing_where_and_the_command(project):
-    tables = plots.both("delete_each", "resnet110", "plain20")
-    text = plots.pending(tables, "resnet110", "plain20")
-    assert text == f"Not measured yet on CIFAR-10: plain-20; {plots.PAPER} does that."
-    assert plots.pending(tables, "resnet110") == ""
-
-
-def test_a_narrow_variant_stands_in_only_where_its_network_is_missing(project):
-    path = project / "data/results/cifar10/delete_each.csv"
-    table = pd.read_csv(path)
-    narrow = table.assign(network="plain20-narrow")
-    pd.concat([table, narrow]).to_csv(path, index=False)
-    tables = plots.both("delete_each", "plain20")
-    assert set(tables["digits"]["network"]) == {"plain20"}
-    assert set(tables["cifar10"]["network"]) == {"plain20-narrow"}
-    assert plots.pending(tables, "plain20") == ""
-    fig = plots.side_by_side(line, tables, rows=["plain20"])
-    assert [ax.get_title(loc="left").split("\n")[0] for ax in fig.axes] == ["plain-20", "plain-20 narrow"]
-    pd.concat([table, narrow, table.assign(network="plain20")]).to_csv(path, index=False)
-    assert set(plots.both("delete_each", "plain20")["cifar10"]["network"]) == {"plain20"}
-
-
-@pytest.mark.parametrize(
-    ("networks", "digits", "cifar10"),
-    [
-        (["resnet110"], "digits, recipe digits, 3 seeds", "CIFAR-10 (JPEG-75 copy), recipe brief, seed 0"),
-        (["resnet110", "plain20"], "digits, recipe digits, 2 to 3 seeds",
-         "CIFAR-10 (JPEG-75 copy), recipe brief, seed 0"),
-        (["plain20"], "digits, recipe digits, 2 seeds", "CIFAR-10"),
-    ],
-)
-def test_describe_says_images_recipe_and_seeds(project, networks, digits, cifar10):
-    tables = plots.both("delete_each", *networks)
-    assert {name: plots.describe(name, table) for name, table in tables.items()} == {
-        "digits": digits, "cifar10": cifar10}
-
-
-def test_side_by_side_draws_what_there_is_and_says_what_there_is_not(project):
-    tables = plots.both("delete_each", "resnet110", "plain20")
+def test_side_by_side_draws_what_there_is_and_says_what_there_is_not(tables):
     fig = plots.side_by_side(line, tables, rows=["resnet110", "plain20"])
     drawn = [(len(ax.lines), [text.get_text() for text in ax.texts]) for ax in fig.axes]
     assert drawn == [(1, []), (1, []), (1, []), (0, ["not measured yet"])]
-    titles = [ax.get_title(loc="left") for ax in fig.axes]
-    assert titles[1] == "ResNet-110\nCIFAR-10 (JPEG-75 copy)\nrecipe brief, seed 0"
-    assert titles[3] == "plain-20\nCIFAR-10"
+    assert [ax.get_title(loc="left") for ax in fig.axes] == [
+        "ResNet-110\ndigits\nrecipe digits, 3 seeds", "ResNet-110\nCIFAR-10\nrecipe brief, seed 0",
+        "plain-20\ndigits\nrecipe digits, 3 seeds", "plain-20\nCIFAR-10"]
+    assert len(fig.axes[0].lines[0].get_xdata()) == 12
 
 
-def test_side_by_side_works_without_any_result(tmp_path, monkeypatch):
-    (tmp_path / "data/results").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    fig = plots.side_by_side(line, plots.both("delete_each"))
-    assert [ax.get_title(loc="left") for ax in fig.axes] == ["digits", "CIFAR-10"]
-    plt.close(fig)
+def test_side_by_side_shows_a_narrow_network_under_its_own_name(tables):
+    tables["cifar10"] = rows("cifar10", ["vgg15-narrow"], 1, "brief")
+    fig = plots.side_by_side(line, tables, rows=["vgg15"])
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in fig.axes] == ["VGG-15", "VGG-15 narrow"]
 
 
-def test_over_seeds_gives_the_t_interval_of_several_seeds_and_none_of_one():
-    values = [0.1, 0.2, 0.4]
-    low, high = stats.t.interval(0.95, 2, sum(values) / 3, stats.sem(values))
-    expected = f"23.3 % (95 % interval over 3 seeds −{abs(100 * low):.1f} to {100 * high:.1f})"
-    assert plots.over_seeds(pd.Series(values)) == expected
-    assert plots.over_seeds([2.5], scale=1, unit=" blocks") == "2.5 blocks (one seed: no interval over seeds)"
+@pytest.mark.parametrize("missing", [[], ["digits"], ["digits", "cifar10"]])
+def test_one_legend_serves_all_panels(tables, missing):
+    for name in missing:
+        tables[name] = tables[name].iloc[:0]
+    fig = plots.side_by_side(line, tables, legend=2)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == (["some"] if len(missing) < 2 else [])
+    assert plots.side_by_side(line, tables).legends == []
+
+
+def test_seed_lines_draw_the_mean_and_its_interval():
+    table = pd.DataFrame({"epoch": [0, 0, 0, 1, 1, 1], "error": [0.1, 0.2, 0.4, 0.1, 0.1, 0.1]})
+    ax = plots.seed_lines(table, "epoch", "error", scale=100, label="seeds")
+    (drawn,) = ax.lines
+    np.testing.assert_allclose(drawn.get_ydata(), [100 * 0.7 / 3, 10])
+    low, high = stats.t.interval(0.95, 2, 0.7 / 3, stats.sem([0.1, 0.2, 0.4]))
+    corners = ax.collections[0].get_paths()[0].vertices
+    at_0 = corners[corners[:, 0] == 0, 1]
+    np.testing.assert_allclose([at_0.min(), at_0.max()], [100 * low, 100 * high])
+
+
+def test_seed_lines_of_logarithms_draw_the_geometric_mean_and_leave_out_zeros():
+    table = pd.DataFrame({"length": [0, 0, 1, 1, 2], "norm": [1e-9, 1e-3, 4, 1, 0.0]})
+    ax = plots.seed_lines(table, "length", "norm", log=True)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [1e-6, 2])
+    assert ax.get_yscale() == "log"
+    assert (table["norm"] == [1e-9, 1e-3, 4, 1, 0]).all(), "the caller's table is left alone"
+
+
+def deletions(**more):
+    table = pd.DataFrame({"unit": range(3), "stage": [1, 1, 2], "is_transition": [False, False, True]} | more)
+    table["error"], table["delta_error"] = [0.9, 0.2, 0.3], [0.8, 0.1, 0.2]
+    return table.assign(error_low=table["error"] - 0.05, error_high=table["error"] + 0.05)
+
+
+def test_single_deletions_of_one_network_have_its_intervals_and_levels():
+    ax = plots.single_deletions(deletions(), chance=0.9)
+    points = {tuple(line.get_xydata().ravel().round(6)) for line in ax.lines[:2]}
+    assert points == {(0, 90, 1, 20), (2, 30)}
+    (bars,) = ax.collections
+    assert sorted(bar[:, 1].tolist() for bar in bars.get_segments()) == [
+        pytest.approx(ends) for ends in ([15, 25], [25, 35], [85, 95])]
+    levels = {line.get_linestyle(): line.get_ydata()[0] for line in ax.lines[2:4]}
+    assert levels == {"--": pytest.approx(10), ":": 90}
+    assert ax.lines[4].get_xdata() == [1.5, 1.5], "stage 2 begins between units 1 and 2"
+
+
+def test_single_deletions_over_seeds_have_the_range_and_the_colour_of_the_family():
+    both = pd.concat([deletions(network="plain20", seed=0), deletions(network="plain20", seed=1)])
+    both["error"] += 0.1 * both["seed"]
+    ax = plots.single_deletions(both)
+    assert ax.collections[0].get_segments()[2][:, 1].tolist() == pytest.approx([30, 40])
+    assert tuple(ax.collections[0].get_color()[0][:3]) == plots.family_color("plain20")
+    assert ax.lines[1].get_ydata() == pytest.approx([35])
+
+
+def test_what_deletions_add_has_no_level_of_the_intact_network():
+    table = deletions().assign(delta_error_low=0.0, delta_error_high=1.0)
+    ax = plots.single_deletions(table, value="delta_error")
+    assert [line.get_linestyle() for line in ax.lines].count("--") == 0
+    assert ax.get_ylabel() == "Δ error (points)"
+
+
+def test_quantile_fan_draws_the_median_between_two_bands():
+    table = pd.DataFrame({"k": 1, "error": np.arange(101) / 100})
+    ax = plots.quantile_fan(table, "k", "error", scale=100)
+    assert ax.lines[0].get_ydata().tolist() == [50]
+    ends = [[c.get_paths()[0].vertices[:, 1].min(), c.get_paths()[0].vertices[:, 1].max()] for c in ax.collections]
+    np.testing.assert_allclose(ends, [[5, 95], [25, 75]])
+
+
+def test_diagrams_draw_every_path_and_refuse_what_does_not_fit():
+    ax = plots.unravelled_diagram(3, off=[2])
+    lengths = [text.get_text() for text in ax.texts if text.get_text().startswith("length")]
+    assert lengths == ["length 0"] + ["length 1"] * 3 + ["length 2"] * 3 + ["length 3"]
+    with pytest.raises(ValueError, match="64 paths do not fit on a page: draw at most 5 units, not 6"):
+        plots.unravelled_diagram(6)
+    chain = plots.chain_diagram(3)
+    assert [text.get_text() for text in chain.texts].count("+") == 3
+    assert [text.get_text() for text in plots.chain_diagram(3, residual=False).texts].count("+") == 0

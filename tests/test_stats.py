@@ -22,6 +22,8 @@ def test_wilson_by_its_formula(counted, level):
     assert low == pytest.approx(middle - half, abs=1e-12)
     assert high == pytest.approx(middle + half, abs=1e-12)
     assert 0 <= low <= p <= high <= 1
+    theirs = stats.binomtest(count, n).proportion_ci(level, "wilson")
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -42,16 +44,35 @@ def test_wilson_keeps_the_shape():
     assert np.shape(wilson(2, 5)[0]) == ()
 
 
-@pytest.mark.parametrize(("count", "n"), [(-1, 10), (11, 10), ([1, 11], 10), (0, 0)])
+@pytest.mark.parametrize(("count", "n"), [(-1, 10), (11, 10), ([1, 11], 10), (0, 0), (math.nan, 10)])
 def test_wilson_of_impossible_counts(count, n):
     with pytest.raises(ValueError, match=f"^counts must lie between 0 and {n} images$"):
         wilson(count, n)
 
 
-def test_difference_of_errors_by_hand():
-    low, high = error_difference(0.25, 0.5, 700)  # √(0.1875 / 700 + 0.25 / 700) = 0.025
-    assert (low, high) == pytest.approx((0.25 - 1.959964 * 0.025, 0.25 + 1.959964 * 0.025), abs=1e-7)
-    assert error_difference(0.5, 0.25, 700) == pytest.approx((-high, -low))
+@pytest.mark.parametrize(
+    ("first", "second", "n", "low", "high"),
+    [(3, 9, 10, 0.1705, 0.8090), (2, 6, 7, 0.0582, 0.8062), (0, 0, 10, -0.2775, 0.2775), (0, 10, 10, 0.6075, 1.0)],
+)
+def test_difference_of_errors_in_the_literature(first, second, n, low, high):
+    """Table II, method 10, of Newcombe, Statistics in Medicine 17 (1998), 873-890."""
+    ends = error_difference(first / n, second / n, n)
+    assert [round(end, 4) for end in ends] == [low, high]
+    assert error_difference(second / n, first / n, n) == pytest.approx((-ends[1], -ends[0]))
+
+
+def test_difference_of_errors_nears_walds_interval():
+    low, high = error_difference(0.25, 0.5, 700_000)  # √(0.1875 / 700,000 + 0.25 / 700,000) = 0.025 / √1000
+    half = 1.959964 * 0.025 / math.sqrt(1000)
+    assert (low, high) == pytest.approx((0.25 - half, 0.25 + half), abs=1e-5)
+
+
+def test_two_errors_of_zero_may_still_differ():
+    low, high = error_difference(0, 0, 500)
+    assert (low, high) == pytest.approx((-wilson(0, 500)[1], wilson(0, 500)[1]))
+    assert high > 0.005
+    with pytest.raises(ValueError, match="counts must lie between 0 and 500 images"):
+        error_difference(0.5, 1.1, 500)
 
 
 def test_difference_of_errors_covers_the_true_one():

@@ -1,5 +1,7 @@
 """Training: hand computations, exact resume, and faults that must cost no more than the epoch they hit."""
 
+import dataclasses
+import json
 import math
 import os
 import pickle
@@ -9,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import mix_modes, small, snapshot
+from helpers import images, mix_modes, small, snapshot
 from torch import nn
 from unravelling import RECIPES, Chain, Dataset, Recipe, digits, evaluate, fit, resnet
 from unravelling import train as train_module
+from unravelling.train import as_tested, thinned
 
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True)
 
@@ -77,12 +80,15 @@ def test_steps_by_hand():
     [
         ({}, "recipe 'x' needs either epochs or iterations"),
         ({"epochs": 1, "iterations": 1}, "recipe 'x' needs either epochs or iterations"),
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"iterations": -5}, "iterations must be at least 1, not -5"),
+        ({"epochs": 1, "batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"epochs": 1, "schedule": "cosine"}, "recipe 'x': schedule 'cosine' is not one of onecycle, steps"),
         ({"epochs": 1, "precision": "int8"}, "recipe 'x': precision 'int8' is not one of float32, bfloat16, auto"),
     ],
 )
 def test_recipes_that_make_no_sense(options, message):
-    with pytest.raises(ValueError, match="recipe") as caught:
+    with pytest.raises(ValueError, match=r"recipe|must be") as caught:
         Recipe("x", **options)
     assert str(caught.value) == message
 
@@ -145,8 +151,32 @@ def test_evaluate_equals_the_loop_by_hand(data, training):
     assert (scores["wrong"], scores["images"]) == (wrong, 40)
     assert scores["error"] == wrong / 40
     assert scores["loss"] == pytest.approx(loss / 40, rel=1e-5)
-    batches = evaluate(chain, data.validation.batches(7))
-    assert batches == pytest.approx(scores, rel=1e-6)
+    batches = data.validation.batches(7)
+    assert evaluate(chain, batches) == pytest.approx(scores, rel=1e-6)
+    x, y = data.validation.batches(40)[0]
+    ignored = torch.cat([y, torch.full((2,), -100)])
+    for form in ((x, y), [x, y], [(x, y)], [{"x": x}["x"], y], (torch.cat([x, x[:2]]), ignored)):
+        assert evaluate(chain, form) == pytest.approx(scores, rel=1e-6)
+
+
+def test_evaluate_counts_tokens():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, -100, 4, 5], [6, -100, 1, 2, 3]])
+    scores = evaluate(nn.Identity(), [(logits, labels)])
+    pairs = [(z.double(), int(y)) for z, y in zip(logits.flatten(0, 1), labels.flatten(), strict=True) if y >= 0]
+    assert scores["images"] == len(pairs) == 8
+    assert scores["wrong"] == sum(int(z.argmax()) != y for z, y in pairs)
+    assert scores["loss"] == pytest.approx(sum(float(z.exp().sum().log() - z[y]) for z, y in pairs) / 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [([], "there are no batches"), (iter([]), "there are no batches"),
+     ([(torch.zeros(2, 64), torch.full((2,), -100))], "nothing is left to score")],
+)  # fmt: skip
+def test_nothing_to_evaluate(data, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(nn.Linear(64, 10), data)
 
 
 def test_the_network_learns_and_ends_in_eval_mode(data):
@@ -201,12 +231,22 @@ def test_the_loss_is_computed_in_float32(data, monkeypatch):
     assert set(seen) == {torch.float32, torch.float64}  # evaluation adds up in float64
 
 
-def test_denormal_numbers_are_flushed(data):
-    tiny = torch.tensor([1e-40])
-    assert (tiny * 1).item() > 0
-    run(data, stop_after=1)
-    flushed = (tiny * 1).item() == 0
-    assert flushed == torch.set_flush_denormal(True)  # False where the CPU cannot
+@pytest.mark.parametrize("before", [False, True])
+def test_denormal_numbers_are_flushed_in_training_alone(data, before):
+    tiny, seen = torch.tensor([1e-40]), []
+    able = torch.set_flush_denormal(before)  # False where the CPU cannot
+
+    def flushed(*_):
+        seen.append((tiny * 1).item() == 0)
+        if len(seen) == 3:
+            raise ZeroDivisionError
+
+    run(data, stop_after=1, on_epoch=flushed)
+    flushed()
+    with pytest.raises(ZeroDivisionError):
+        run(data, stop_after=1, on_epoch=flushed)
+    flushed()
+    assert seen == [able, able and before, able, able and before]
 
 
 def test_the_mode_that_the_network_is_in_makes_no_difference(data):
@@ -220,6 +260,50 @@ def test_a_batch_larger_than_the_training_split(data):
     for length in ({"epochs": 2}, {"iterations": 10}):
         with pytest.raises(ValueError, match=r"^a batch of 101 images needs at least as many: this split has 100$"):
             run(data, Recipe("x", batch_size=101, **length))
+
+
+# ---------------------------------------------------------------- branches left out, scaled then or later
+
+
+@pytest.mark.parametrize("options", [{"active": 2}, {"survival": 0.3}])
+def test_branches_that_are_not_rescaled_in_training_are_at_test_time(options):
+    chain, (x, _) = small("pre"), images()
+    recipe = Recipe("x", epochs=1, rescale=False, **options)
+    with torch.no_grad():
+        part, tested = thinned(chain, recipe, torch.Generator().manual_seed(5)), as_tested(chain, recipe)
+        states = zip(chain.trace(x)[:-1], chain.units, part.units, tested.units, strict=True)
+        for i, (y, unit, thin, test) in enumerate(states):
+            f = unit(y) - unit.skip(y)
+            p = 2 / 6 if "active" in options else 1 - (i + 1) / 6 * 0.7
+            expected = 0 * f if thin.is_deleted else f
+            assert torch.allclose(thin(y) - unit.skip(y), expected, atol=1e-5)
+            assert torch.allclose(test(y) - unit.skip(y), p * f, atol=1e-5)
+    assert 0 < sum(unit.is_deleted for unit in part.units) < 6
+    assert {p.data_ptr() for p in tested.parameters()} == {p.data_ptr() for p in chain.parameters()}
+    for other in (dataclasses.replace(recipe, rescale=True), TINY):
+        assert as_tested(chain, other) is chain
+
+
+def test_the_history_shows_the_network_as_it_is_tested(data):
+    recipe = Recipe("x", epochs=1, batch_size=32, active=2, rescale=False)
+    chain, history = run(data, recipe)
+    assert history["validation_loss"].iloc[-1] == evaluate(as_tested(chain, recipe), data.validation)["loss"]
+    assert history["validation_loss"].iloc[-1] != evaluate(chain, data.validation)["loss"]
+
+
+@pytest.mark.parametrize("name", ["digits", "brief", "short", "paper"])
+def test_variants_differ_from_their_recipe_in_what_they_leave_out(name):
+    fields = {"active": None, "survival": None, "rescale": True}
+    for variant, changes in {
+        "short-paths": {"active": 23},
+        "short-paths-unscaled": {"active": 23, "rescale": False},
+        "stochastic-depth": {"survival": 0.5},
+    }.items():
+        recipe = RECIPES[f"{name}-{variant}"]
+        assert recipe.name == f"{name}-{variant}"
+        assert {key: getattr(recipe, key) for key in fields} == fields | changes
+        assert dataclasses.replace(recipe, name=name, **fields) == RECIPES[name]
+        assert recipe.nesterov == (name == "short")
 
 
 # ---------------------------------------------------------------- resume
@@ -287,11 +371,31 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(data, checkpoint, what, 
         data = Dataset("digits", whole.train.take(change["take"]), data.validation, data.test, data.classes)
     before, content = snapshot(chain), checkpoint.read_bytes()
     with pytest.raises(ValueError, match=rf"^checkpoint .*a\.pt belongs to another {what} \(.*delete it to train"):
-        fit(
-            chain, data, change.get("recipe", TINY), seed=change.get("seed", 0), checkpoint=checkpoint, progress=False
-        )
+        fit(chain, data, change.get("recipe", TINY), seed=change.get("seed", 0), checkpoint=checkpoint, progress=False)
     assert snapshot(chain) == before
     assert checkpoint.read_bytes() == content
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(data, checkpoint):
+    content = checkpoint.read_bytes()
+    (weight, *_) = (t for t in torch.load(checkpoint, weights_only=True)["chain"].values() if t.numel() > 30)
+    at = content.index(weight.flatten()[:8].numpy().tobytes())
+    for byte, bit in ((0, 0), (11, 6), (30, 3)):
+        checkpoint.write_bytes(content[: at + byte] + bytes([content[at + byte] ^ 1 << bit]) + content[at + byte + 1 :])
+        with pytest.raises(ValueError, match=r"^checkpoint .* cannot be read \(.*\): delete it to train"):
+            run(data, checkpoint=checkpoint)
+    checkpoint.write_bytes(content)
+    assert finished_as_if_nothing_happened(data, checkpoint)
+
+
+def test_a_checkpoint_from_before_a_field_of_the_recipe_goes_on(data, checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["recipe"]["rescale"], identity["recipe"]["nesterov"], state["checksum"]
+    torch.save(state | {"identity": json.dumps(identity)}, checkpoint)
+    assert finished_as_if_nothing_happened(data, checkpoint)
+    with pytest.raises(ValueError, match="belongs to another recipe"):
+        run(data, dataclasses.replace(TINY, nesterov=True), checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])

@@ -15,7 +15,7 @@ from unravelling import Chain, Unit, block_units, delete_each, delete_random, gr
 from unravelling.chain import NoSkip, inputs_and_labels
 from unravelling.lesion import evaluate_variants, reestimate_batch_norm, score, summarize, variant_logits
 from unravelling.paths import cross_entropy, gradient_norms, mean_length
-from unravelling.unravel import Unsupported
+from unravelling.tracing.trace import Unsupported
 
 
 class Block(nn.Module):

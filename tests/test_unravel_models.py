@@ -39,7 +39,7 @@ from torch.autograd import grad
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from unravelling import Chain, Unit, delete_each, gradient_by_length, path_gradients, unravel
-from unravelling.unravel import block_units
+from unravelling.from_model import block_units
 
 EVERY = pytest.mark.parametrize("name", CASES)
 # One of a family, where a test is slow.

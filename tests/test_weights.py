@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from unravelling import Chain, build, load, resnet, save
 from unravelling import weights as weights_module
-from unravelling.weights import data_folder, header
+from unravelling.weights import header
 
 
 @pytest.fixture
@@ -88,8 +88,9 @@ def test_reordered_networks_come_back_reordered(tmp_path):
 
 
 def test_only_intact_networks_of_the_library_can_be_saved(tmp_path):
+    scaled = small("pre").with_units(unit.scaled(0.5) for unit in small("pre").units)
     path = tmp_path / "a.safetensors"
-    for chain in (small("pre").without(2), Chain(nn.Identity(), [], nn.Flatten())):
+    for chain in (small("pre").without(2), scaled, Chain(nn.Identity(), [], nn.Flatten())):
         with pytest.raises(ValueError, match=r"^only an intact network made by unravelling\.nets can be rebuilt"):
             save(chain, path)
     assert not list(tmp_path.iterdir())
@@ -117,6 +118,57 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch, limited):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_network_of_another_type_comes_back_in_it(tmp_path, dtype):
+    chain = small("pre", dtype)
+    again = load(save(chain, tmp_path / "a.safetensors"))
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    assert snapshot_bits(again) == snapshot_bits(chain)
+
+
+def snapshot_bits(chain):
+    return {
+        name: tensor.contiguous().view(-1).view(torch.uint8).tolist() for name, tensor in chain.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", ["format", "architecture", "versions", "dtype", "checksum"])
+def test_what_save_writes_itself_cannot_be_overwritten(tmp_path, name):
+    with pytest.raises(
+        ValueError, match=rf"^the header's entry '{name}' is written by save itself: choose another name$"
+    ):
+        save(small("pre"), tmp_path / "a.safetensors", **{name: "x"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_flipped_bit_is_noticed_anywhere(tmp_path):
+    path = save(small("pre"), tmp_path / "a.safetensors", seed=3, error=0.125)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    seed = content.index(b'seed\\": 3') + 8
+    tensors = torch.linspace(8 + length, len(content) - 1, 40).long().tolist()
+    for at in (seed, *tensors):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        for read in (load, header):
+            with pytest.raises(ValueError, match=r"a\.safetensors is damaged: its content does not match its checksum"):
+                read(path)
+
+
+def test_a_file_from_before_the_checksum_loads(tmp_path):
+    chain = small("pre")
+    head = {"format": "unravelling/1", "architecture": chain.config, "versions": {"torch": "2.8"}, "seed": 1}
+    save_file(chain.state_dict(), tmp_path / "a.safetensors", {"unravelling": json.dumps(head)})
+    assert snapshot(load(tmp_path / "a.safetensors"))["bytes"] == snapshot(chain)["bytes"]
+
+
+def test_the_checksum_tells_networks_apart(tmp_path):
+    first, again, other = (
+        header(save(resnet(8, width=2, seed=seed), tmp_path / f"{i}.safetensors"))["checksum"]
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert first == again != other
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.2, 0.7, 0.9999])
@@ -180,7 +232,8 @@ def test_a_header_that_does_not_fit_the_tensors(tmp_path, change, reason):
 
 def test_a_header_without_architecture(tmp_path):
     path = tmp_path / "a.safetensors"
-    for architecture in ({}, {"architecture": {}}, {"architecture": 3}):
+    fitting = {"architecture": small("pre").config, "dtype": "float31"}
+    for architecture in ({}, {"architecture": {}}, {"architecture": 3}, fitting):
         head = json.dumps({"format": "unravelling/1"} | architecture)
         save_file({"weight": torch.zeros(3)}, path, {"unravelling": head})
         with pytest.raises(ValueError, match="does not fit the architecture in its header"):
@@ -205,20 +258,8 @@ def test_nothing_is_shipped(shipped):
         load("digits/d")
 
 
-def test_the_data_folder_is_looked_for(shipped, tmp_path, monkeypatch):
-    assert data_folder() == shipped.parent
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights_module, "__file__", str(tmp_path / "site-packages" / "unravelling" / "weights.py"))
-    with pytest.raises(FileNotFoundError, match=r"^no data/results in .* or above it: run from a clone of the project"):
-        data_folder()
-    monkeypatch.setattr(
-        weights_module, "__file__", str(tmp_path / "project" / "lib" / "unravelling" / "weights.py")
-    )
-    assert data_folder() == shipped.parent
-
-
 def test_half_precision_halves_the_file_and_rounds_only_matrices_and_kernels(tmp_path):
-    chain = randomized(build("vgg15-narrow", "digits"))
+    chain = randomized(build("vgg15", "digits", width=24))
     whole, small = save(chain, tmp_path / "whole.safetensors"), save(chain, tmp_path / "half.safetensors", half=True)
     assert small.stat().st_size < 0.6 * whole.stat().st_size
     assert header(small)["half"] is True

@@ -2,6 +2,7 @@
 
 from .chain import Chain, Unit
 from .data import Dataset, Split, cifar10, digits
+from .from_model import block_units, unravel
 from .lesion import delete_each, delete_random, reestimate_batch_norm, reorder
 from .nets import build, plain, resnet, vgg
 from .paths import (
@@ -14,7 +15,6 @@ from .paths import (
     spectrum,
 )
 from .train import RECIPES, Recipe, evaluate, fit
-from .unravel import block_units, unravel
 from .weights import load, save
 
 __version__ = "0.1.0"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Raise ValueError, with its name, for a number that is neither None nor 1 or more."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
 
 
 class Scale(nn.Module):
@@ -29,12 +35,26 @@ class NoSkip(nn.Module):
         super().__init__()
         self.name = name
 
+    def error(self) -> ValueError:
+        """Return the error that says why the unit cannot be deleted."""
+        name = self.name or "without a name"
+        reason = "has no skip and changes the shape of its state: nothing is left in its place when it is deleted"
+        return ValueError(f"the unit {name} {reason}. Leave it in, or give it a skip")
+
     def forward(self, y: Tensor) -> Tensor:
         """Raise ValueError."""
-        raise ValueError(
-            f"the unit {self.name or 'without a name'} has no skip and changes the shape of its state: nothing is left "
-            "in its place when it is deleted. Leave it in, or give it a skip"
-        )
+        raise self.error()
+
+
+def _changes_shape(skip: nn.Module) -> bool:
+    """Return whether a skip says by its kind or its sizes that it changes the shape of its input."""
+    for part in skip.modules():
+        size = vars(part).get
+        if isinstance(part, NoSkip) or size("extra_channels") or size("stride", 1) not in (1, (1,), (1, 1), (1, 1, 1)):
+            return True
+        if size("in_channels") != size("out_channels") or size("in_features") != size("out_features"):
+            return True
+    return False
 
 
 class Unit(nn.Module):
@@ -50,6 +70,8 @@ class Unit(nn.Module):
         residual: whether the skip takes part in the sum. A plain unit keeps its ``skip`` for its deletion only.
         name: shown in tables, such as ``"stage2.block5"``.
         stage: number of the stage the unit belongs to, from 1.
+        transition: whether the unit changes the shape of its state; when None, whether its skip does by its kind or
+            sizes, such as `NoSkip` or a convolution with a stride.
     """
 
     def __init__(
@@ -61,6 +83,7 @@ class Unit(nn.Module):
         residual: bool = True,
         name: str = "",
         stage: int = 1,
+        transition: bool | None = None,
     ) -> None:
         super().__init__()
         self.branch = branch
@@ -69,11 +92,12 @@ class Unit(nn.Module):
         self.residual = residual
         self.name = name
         self.stage = stage
+        self.is_transition = _changes_shape(self.skip) if transition is None else transition
 
     @property
-    def is_transition(self) -> bool:
-        """Whether the unit changes the shape of its input, so that its skip is not the identity."""
-        return not isinstance(self.skip, nn.Identity)
+    def has_identity_skip(self) -> bool:
+        """Whether the skip hands on its input as it is."""
+        return isinstance(self.skip, nn.Identity)
 
     @property
     def is_deleted(self) -> bool:
@@ -92,18 +116,21 @@ class Unit(nn.Module):
             ValueError: the unit has no skip and changes the shape of its state.
         """
         if isinstance(self.skip, NoSkip):
-            self.skip(torch.empty(0))
-        unit = Unit(None, self.skip, self.post, name=self.name, stage=self.stage)
-        unit.training = self.training  # .train() would also set the mode of the shared modules
-        return unit
+            raise self.skip.error()
+        return self._with(None)
 
     def scaled(self, factor: float) -> Unit:
         """Return a unit that shares this one's parts and multiplies the branch by ``factor``."""
         if self.branch is None:
             return self
         branch = nn.Sequential(self.branch, Scale(factor))
-        unit = Unit(branch, self.skip, self.post, residual=self.residual, name=self.name, stage=self.stage)
-        unit.training = branch.training = self.training
+        branch.training = self.training  # .train() would also set the mode of the shared modules
+        return self._with(branch)
+
+    def _with(self, branch: nn.Module | None) -> Unit:
+        options = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
+        unit = Unit(branch, self.skip, self.post, residual=self.residual or branch is None, **options)
+        unit.training = self.training
         return unit
 
     def forward(self, y: Tensor) -> Tensor:
@@ -173,12 +200,9 @@ class Chain(nn.Module):
     def reordered(self, order: Sequence[int]) -> Chain:
         """Return a chain whose i-th unit is unit ``order[i]`` of this one (section 4.3 of Veit et al., 2016).
 
-        Args:
-            order: a permutation of 0 … n-1 that moves no transition unit and keeps every other one in its stage.
-
         Raises:
             IndexError: a unit does not exist.
-            ValueError: ``order`` is not a permutation, or moves a unit to where its shape does not fit.
+            ValueError: ``order`` is no permutation of 0 … n-1, moves a transition unit, or one into another stage.
         """
         return self.with_units(self.units[i] for i in self.check_order(order))
 
@@ -190,13 +214,13 @@ class Chain(nn.Module):
 
     def check_indices(self, indices: Sequence[int]) -> list[int]:
         """Return ``indices`` as a list, or raise IndexError for a missing and ValueError for a repeated unit."""
+        checked: list[int] = []
         for i in indices:
             if isinstance(i, bool) or int(i) != i or not 0 <= i < len(self):
                 raise IndexError(f"unit {i} does not exist: this chain has units 0 to {len(self) - 1}")
-        checked = [int(i) for i in indices]
-        if len(set(checked)) < len(checked):
-            repeated = min(i for i in checked if checked.count(i) > 1)
-            raise ValueError(f"unit {repeated} is named more than once: name each unit once")
+            if i in checked:
+                raise ValueError(f"unit {i} is named more than once: name each unit once")
+            checked.append(int(i))
         return checked
 
     def check_order(self, order: Sequence[int]) -> list[int]:
@@ -210,84 +234,14 @@ class Chain(nn.Module):
                 moved = i if unit.is_transition else position
                 raise ValueError(f"unit {moved} changes the shape of its input: leave it at position {moved}")
             if unit.stage != here.stage:
-                raise ValueError(
-                    f"unit {i} belongs to stage {unit.stage} and does not fit at position {position}, which is in "
-                    f"stage {here.stage}: move units within their stage only"
-                )
+                place = f"at position {position}, which is in stage {here.stage}: move units within their stage only"
+                raise ValueError(f"unit {i} belongs to stage {unit.stage} and does not fit {place}")
         return checked
 
     def __repr__(self) -> str:
         """One line: kind, units a stage, deleted units and parameters."""
-        stages: dict[int, int] = {}
-        for unit in self.units:
-            stages[unit.stage] = stages.get(unit.stage, 0) + 1
+        stages = "+".join(map(str, Counter(unit.stage for unit in self.units).values()))
         gone = [i for i, unit in enumerate(self.units) if unit.is_deleted]
         name = self.config["name"] if self.config else "chain"
         million = sum(p.numel() for p in self.parameters()) / 1e6
-        lesion = f", deleted {gone}" if gone else ""
-        return f"{name}: {len(self)} units ({'+'.join(map(str, stages.values()))}){lesion}, {million:.2f} M parameters"
-
-
-LABELS = ("labels", "label")
-"""Entries of a dict that are labels, not inputs."""
-
-IGNORED = -100
-"""The label of a token that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
-
-
-def device_of(chain: nn.Module) -> torch.device:
-    """Return the device of a module's parameters."""
-    return next((p.device for p in chain.parameters()), torch.device("cpu"))
-
-
-def move(x: Any, chain: nn.Module) -> Any:
-    """Bring the tensors in an input to a module's device, and to its type where that is half precision.
-
-    Args:
-        x: a tensor, or tensors in a dict, a list or a tuple. Other things stay as they are.
-        chain: the module.
-    """
-    if isinstance(x, Mapping):
-        return {name: move(value, chain) for name, value in x.items()}
-    if isinstance(x, (tuple, list)):
-        return type(x)(move(value, chain) for value in x)
-    if not isinstance(x, Tensor):
-        return x
-    dtype = next((p.dtype for p in chain.parameters() if p.is_floating_point()), x.dtype)
-    half = dtype in (torch.float16, torch.bfloat16) and x.is_floating_point()
-    return x.to(device_of(chain), dtype) if half else x.to(device_of(chain))
-
-
-def inputs_and_labels(chain: Chain, batch: Any) -> tuple[Any, Any]:
-    """Return inputs and labels of a batch, on the chain's device.
-
-    Args:
-        chain: the network. The labels of one that was made from a Hugging Face model for causal language modelling are
-            shifted by one where they come in a dict, as the model's own loss does: they are the tokens themselves.
-        batch: a pair of inputs and labels, or a dict of inputs with ``labels`` or ``label``.
-
-    Raises:
-        ValueError: a dict has no labels.
-    """
-    if not isinstance(batch, Mapping):
-        x, y = batch
-        return move(x, chain), move(y, chain)
-    name = next((name for name in LABELS if name in batch), None)
-    if name is None:
-        raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
-    y = move(batch[name], chain)
-    if getattr(chain.stem, "shift_labels", False) and y.dim() == 2:
-        y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)
-    return move({key: value for key, value in batch.items() if key not in LABELS}, chain), y
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for the duration of a ``with`` block, then give each part its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+        return f"{name}: {len(self)} units ({stages}){f', deleted {gone}' * bool(gone)}, {million:.2f} M parameters"

@@ -6,9 +6,10 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -332,7 +333,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary)`` and rename the result to ``path``, so that ``path`` is never half-written.
 
     Raises:
-        OSError: the file could not be written; an earlier one is still whole.
+        OSError: the file could not be written; an earlier one is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -343,6 +344,27 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"{path} could not be written ({error}): is the disk full? An earlier file is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def checksum(content: Any) -> str:
+    """Return the SHA-256, in hexadecimal, of tensors, numbers and texts in dicts (in any order), lists and tuples."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            add(sorted(value.items(), key=lambda item: str(item[0])))
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{len(value)} parts;".encode())
+            for part in value:
+                add(part)
+        else:
+            digest.update(f"{value!r};".encode())
+
+    add(content)
+    return digest.hexdigest()
 
 
 def load_dataset(name: str, root: str | Path | None = None) -> Dataset:

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from scipy.special import log_softmax, logsumexp
 
-from .chain import Chain
+from .batches import Batches
+from .chain import Chain, check_positive
 from .data import Split
-from .lesion import Batches, score, summarize, variant_logits
+from .lesion import score, summarize, variant_logits
 
 
 def predictions(chains: Sequence[Chain], data: Split | Batches) -> tuple[np.ndarray, np.ndarray]:
@@ -45,8 +46,9 @@ def remove_members(
         network is the whole ensemble.
 
     Raises:
-        ValueError: nothing would be left.
+        ValueError: nothing would be left, or there are no trials.
     """
+    check_positive(trials=trials)
     members = len(logits)
     random = np.random.default_rng(seed)
     rows, averages = [], [average(logits)]
@@ -83,8 +85,9 @@ def random_subnetworks(
         Logits ``(members, images, K)`` and labels ``(images,)``, as of an ensemble.
 
     Raises:
-        ValueError: more active units than there are.
+        ValueError: more active units than there are, or no members.
     """
+    check_positive(members=members)
     if not 0 <= active <= len(chain):
         raise ValueError(f"cannot keep {active} units: this chain has {len(chain)}")
     random = np.random.default_rng(seed)

@@ -12,57 +12,30 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from .chain import IGNORED, Chain, Unit, device_of, eval_mode, inputs_and_labels, move
+from .batches import IGNORED, Batches, eval_mode, iterate
+from .chain import Chain, check_positive
 from .data import Split
-from .distributed import sharded
 from .stats import paired_bootstrap, wilson
 
-Batches = Iterable[Any]
-"""Batches of inputs, pairs ``(x, y)`` of inputs and labels, as a ``DataLoader`` gives them, or dicts with ``labels``.
-
-Inputs are normalised images ``(B, C, H, W)`` with labels ``(B,)``, or tokens ``(B, T)`` with labels ``(B, T)``, of
-which -100 are ignored; whatever the chain takes. A single batch will do.
-"""
+Loss = Callable[[Tensor, Any], Tensor]
 
 
-def _batches(chain: Chain, data: Split | Batches) -> Iterator[tuple[Any, Any]]:
-    """Yield inputs and labels on the chain's device."""
-    if isinstance(data, Split):
-        data = data.batches(device=device_of(chain))
-    elif isinstance(data, Mapping) or (isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor)):
-        data = [data]
-    for batch in data:
-        yield inputs_and_labels(chain, batch)
+def _run(chain: Chain, x: Any, variants: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number and the logits of every variant for one batch of inputs, in an order that shares work."""
+    deleted = {i: chain.units[~i].deleted() for i in {i for variant in variants for i in variant if i < 0}}
+    states: list[Tensor] = [chain.stem(x)]
+    path: tuple[int, ...] = ()
+    for v in sorted(range(len(variants)), key=lambda v: tuple(variants[v])):
+        variant = tuple(variants[v])
+        pairs = enumerate(zip(path, variant, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(path), len(variant)))
+        del states[shared + 1 :]
+        for i in variant[shared:]:
+            states.append((chain.units[i] if i >= 0 else deleted[i])(states[-1]))
+        path = variant
+        yield v, chain.head(states[-1])
 
 
-def _runs(
-    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]]
-) -> Iterator[tuple[Iterator[tuple[int, Tensor]], Any]]:
-    """Yield, for each batch, numbers and logits of the variants in an order that shares work, and labels."""
-    order = sorted(range(len(variants)), key=lambda v: tuple(variants[v]))
-    deleted: dict[int, Unit] = {}
-
-    def run(x: Any) -> Iterator[tuple[int, Tensor]]:
-        states: list[Tensor] = [chain.stem(x)]
-        path: tuple[int, ...] = ()
-        for v in order:
-            variant = tuple(variants[v])
-            pairs = enumerate(zip(path, variant, strict=False))
-            shared = next((i for i, (a, b) in pairs if a != b), min(len(path), len(variant)))
-            del states[shared + 1 :]
-            for i in variant[shared:]:
-                if i < 0 and i not in deleted:
-                    deleted[i] = chain.units[~i].deleted()
-                states.append((chain.units[i] if i >= 0 else deleted[i])(states[-1]))
-            path = variant
-            yield v, chain.head(states[-1])
-
-    with eval_mode(chain), torch.inference_mode():
-        for x, y in _batches(chain, data):
-            yield run(x), y
-
-
-@sharded
 def variant_logits(
     chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -85,20 +58,18 @@ def variant_logits(
         ValueError: a unit cannot be deleted.
     """
     logits, labels = [], []
-    for run, y in _runs(chain, data, variants):
+    for x, y in iterate(chain, data):
         batch = [np.empty(0)] * len(variants)
-        for v, out in run:
-            batch[v] = out.float().cpu().numpy()
+        with eval_mode(chain), torch.inference_mode():  # around the model alone: the iterator is the caller's
+            for v, out in _run(chain, x, variants):
+                batch[v] = out.float().cpu().numpy()
         logits.append(np.stack(batch))
         labels.append(y.cpu().numpy())
     return np.concatenate(logits, 1), np.concatenate(labels)
 
 
 def evaluate_variants(
-    chain: Chain,
-    data: Split | Batches,
-    variants: Sequence[Sequence[int]],
-    loss: Callable[[Tensor, Any], Tensor] | None = None,
+    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], loss: Loss | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return errors and losses of many rearrangements of one chain; logits are not kept.
 
@@ -109,50 +80,55 @@ def evaluate_variants(
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
-        ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``. With labels ``(B, T)`` an image is a sequence
-        and both are means over its tokens, float, times its number of tokens over the average one's: so the mean over
-        sequences is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
+        ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``. With labels ``(B, T)`` each row of tokens
+        counts as an image, and both are means over its tokens, times their number over the average one: so the mean
+        over rows is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
+
+    Raises:
+        ValueError: a unit cannot be deleted, or there is no label to score.
     """
-    if isinstance(data, Split) and loss is None:
-        return score(*variant_logits(chain, data, variants))
-    wrongs: list[np.ndarray] = []
-    losses: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    tokens = False
-    for run, y in _runs(chain, data, variants):
-        labels = y.cpu().numpy() if isinstance(y, Tensor) else None
-        wrong, values = [np.empty(0)] * len(variants), [np.empty(0)] * len(variants)
-        for v, out in run:
-            logits = _classes_last(out.float().cpu().numpy(), labels)
-            scored = labels is not None and labels.dtype.kind in "iu" and logits.shape[:-1] == labels.shape
-            if loss is None or scored:
-                assert labels is not None, "without a loss the labels must be a tensor"
-                wrong[v], values[v] = score(logits, labels)
-            else:
-                wrong[v] = np.full(len(out), np.nan)
-            if loss is not None:
-                values[v] = np.array([float(loss(out[i : i + 1], _one(y, i))) for i in range(len(out))])
-        kept: np.ndarray = np.ones(len(wrong[0])) if not scored else np.asarray(labels != IGNORED)
-        if kept.ndim > 1 or not kept.all():
-            tokens = True
-            inner = tuple(range(1, kept.ndim))
-            wrong = [(w & kept).sum(inner) for w in wrong]
-            values = [value.sum(inner, where=kept) if loss is None else value for value in values]
-            kept = kept.sum(inner)
-        wrongs.append(np.stack(wrong))
-        losses.append(np.stack(values))
-        counts.append(kept)
-    all_wrong, all_losses, count = np.concatenate(wrongs, 1), np.concatenate(losses, 1), np.concatenate(counts)
-    if not tokens:
-        return all_wrong, all_losses
+    wrongs, losses, counts = [], [], []
+    for x, y in iterate(chain, data):
+        scores: list[Any] = [None] * len(variants)
+        with eval_mode(chain), torch.inference_mode():
+            for v, out in _run(chain, x, variants):
+                scores[v] = _score_batch(out, y, loss)
+        for parts, column in zip(
+            (wrongs, losses), zip(*((w, values) for w, values, _ in scores), strict=True), strict=True
+        ):
+            parts.append(np.stack(column))
+        counts.append(scores[0][2])
+    wrong, values, count = np.concatenate(wrongs, 1), np.concatenate(losses, 1), np.concatenate(counts)
+    if not count.any():
+        raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
     share = len(count) / count.sum()
-    return all_wrong * share, all_losses * share if loss is None else all_losses
+    return wrong if wrong.dtype == bool else wrong * share, values * share if loss is None else values
 
 
-def _one(y: Any, i: int) -> Any:
-    """Return the labels of one image."""
+def _score_batch(out: Tensor, y: Any, loss: Loss | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return, for each image of a batch, whether it is wrong, its loss, and how many labels it has: sums over them."""
+    labels = y.cpu().numpy() if isinstance(y, Tensor) else None
+    logits = _classes_last(out.float().cpu().numpy(), labels)
+    if labels is not None and (loss is None or (labels.dtype.kind in "iu" and logits.shape[:-1] == labels.shape)):
+        wrong, values = score(logits, labels)
+        kept = labels != IGNORED
+        if kept.ndim > 1 or not kept.all():
+            inner = tuple(range(1, kept.ndim))
+            wrong, values = (wrong & kept).sum(inner), values.sum(inner, where=kept)
+            kept = kept.sum(inner)
+    elif loss is None:
+        raise ValueError(f"the labels are a {type(y).__name__}: pass a loss that knows what to do with them")
+    else:
+        wrong, kept = np.full(len(out), np.nan), np.ones(len(out))
+    if loss is not None:
+        values = np.array([float(loss(out[i : i + 1], _labels_of(y, i))) for i in range(len(out))])
+    return wrong, values, kept
+
+
+def _labels_of(y: Any, i: int) -> Any:
+    """Return the labels of image i."""
     if isinstance(y, Mapping):
-        return {name: _one(value, i) for name, value in y.items()}
+        return {name: _labels_of(value, i) for name, value in y.items()}
     return y[i : i + 1] if isinstance(y, Tensor) else y
 
 
@@ -168,20 +144,25 @@ def score(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
     Labels ``(images,)`` may also be those of tokens, ``(images, T)``, for logits ``(…, images, T, K)``. A token with
     the label -100 is not wrong and has the loss NaN.
+
+    Raises:
+        ValueError: a label is no number of a class.
     """
     from scipy.special import logsumexp  # imported when needed, as everywhere: scipy doubles the time of the import
 
     logits = logits.astype(float)
     ignored = labels == IGNORED
+    last = logits.shape[-1] - 1
+    foreign = labels[~ignored & ((labels < 0) | (labels > last))]
+    if foreign.size:
+        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
     chosen = np.broadcast_to(np.where(ignored, 0, labels)[..., None], (*logits.shape[:-1], 1))
     loss = logsumexp(logits, axis=-1) - np.take_along_axis(logits, chosen, -1)[..., 0]
     wrong = logits.argmax(-1) != labels
     return (wrong & ~ignored, np.where(ignored, np.nan, loss)) if ignored.any() else (wrong, loss)
 
 
-def delete_each(
-    chain: Chain, data: Split | Batches, *, loss: Callable[[Tensor, Any], Tensor] | None = None
-) -> pd.DataFrame:
+def delete_each(chain: Chain, data: Split | Batches, *, loss: Loss | None = None) -> pd.DataFrame:
     """Delete every unit in turn (Veit et al., 2016, section 4.1 and figures 3 and 4).
 
     Args:
@@ -199,16 +180,13 @@ def delete_each(
     intact = tuple(range(len(chain)))
     chosen = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
     if not chosen:
-        raise ValueError(
-            "no unit of this chain can be deleted: none has a skip, and each changes the shape of its state"
-        )
+        raise ValueError("no unit can be deleted: none has a skip, and each changes the shape of its state")
     variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in chosen)]
     table = summarize(*evaluate_variants(chain, data, variants, loss)).set_axis(chosen)
-    units = [
-        {"unit": i, "name": unit.name, "stage": unit.stage, "is_transition": unit.is_transition}
-        for i, unit in enumerate(chain.units)
-    ]
-    return pd.DataFrame(units).join(table)
+    units = pd.DataFrame(
+        [{key: getattr(unit, key) for key in ("name", "stage", "is_transition")} for unit in chain.units]
+    )
+    return units.rename_axis("unit").reset_index().join(table)
 
 
 def delete_random(
@@ -219,27 +197,28 @@ def delete_random(
     seed: int = 0,
     candidates: Sequence[int] | None = None,
     *,
-    loss: Callable[[Tensor, Any], Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> pd.DataFrame:
     """Delete k units chosen at random, several times over (Veit et al., 2016, section 4.2 and figure 5a).
 
     Args:
         chain: a trained network.
-        data: a split, or `Batches`, such as a ``DataLoader``.
+        data, loss: as in `delete_each`.
         k: how many units to delete; several numbers are measured together, which shares work between them.
         trials: random choices for each k.
         seed: of the choices.
         candidates: units to choose from; all that can be deleted when None.
-        loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
         One row a choice, with ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of
         `summarize`.
 
     Raises:
-        ValueError: k is larger than the number of candidates, or negative, or a candidate cannot be deleted.
+        ValueError: k is larger than the number of candidates, or negative; there are no trials; or a candidate cannot
+            be deleted.
         IndexError: a candidate does not exist.
     """
+    check_positive(trials=trials)
     free = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
     numbers = list(k) if isinstance(k, Iterable) else [k]
@@ -263,18 +242,17 @@ def reorder(
     trials: int,
     seed: int = 0,
     *,
-    loss: Callable[[Tensor, Any], Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> pd.DataFrame:
     """Swap random pairs of units of equal shape, several times over (Veit et al., 2016, section 4.3 and figure 5b).
 
     Args:
         chain: a trained network.
-        data: a split, or `Batches`, such as a ``DataLoader``.
+        data, loss: as in `delete_each`.
         swaps: how many different pairs to swap, one after the other; transition units stay where they are. None
             shuffles every stage completely. Several numbers are measured together, which shares work between them.
         trials: random orders for each number of swaps.
         seed: of the orders.
-        loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
 
     Returns:
         One row an order, with ``swaps`` (missing for a complete shuffle), ``trial``, ``order`` (numbers, separated by
@@ -282,17 +260,16 @@ def reorder(
         pairs of movable units of one stage, then the columns of `summarize`.
 
     Raises:
-        ValueError: no two units have equal shapes, or there are fewer pairs than swaps.
+        ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
+    check_positive(trials=trials)
     stages: dict[int, list[int]] = {}
     for i, unit in enumerate(chain.units):
         if not unit.is_transition:
             stages.setdefault(unit.stage, []).append(i)
     pairs = [pair for members in stages.values() for pair in combinations(members, 2)]
     if not pairs:
-        raise ValueError(
-            f"no two of the {len(chain)} units can change places: no stage has two that preserve the shape"
-        )
+        raise ValueError(f"no two of the {len(chain)} units can change places: no stage has two that keep the shape")
     numbers = list(swaps) if isinstance(swaps, Iterable) else [swaps]
     for number in numbers:
         if number is not None and not 0 <= number <= len(pairs):
@@ -321,10 +298,8 @@ def _taus(order: list[int], stages: dict[int, list[int]]) -> dict[str, float]:
     movable = [members for members in stages.values() if len(members) > 1]
     weights = [len(members) * (len(members) - 1) / 2 for members in movable]
     within = [kendalltau(members, [order[i] for i in members]).statistic for members in movable]
-    return {
-        "tau": kendalltau(range(len(order)), order).statistic,
-        "tau_within": float(np.average(within, weights=weights)),
-    }
+    tau = kendalltau(range(len(order)), order).statistic
+    return {"tau": tau, "tau_within": float(np.average(within, weights=weights))}
 
 
 def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
@@ -332,18 +307,13 @@ def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
 
     Columns: ``images``; ``error`` (fraction) with its 95 % Wilson interval ``error_low``, ``error_high``; ``loss``
     (nats); ``delta_error`` and ``delta_loss``, the differences to the intact network on the same images, each with a
-    95 % paired bootstrap interval ``…_low``, ``…_high``. For a language model images are sequences, since the tokens of
-    one are not independent, and the interval of the error is a bootstrap one, too.
+    95 % paired bootstrap interval ``…_low``, ``…_high``. For a language model each sequence counts as an image, since
+    its tokens are not independent, and the interval of the error is a bootstrap one, too.
     """
     images = wrong.shape[1]
     low, high = wilson(wrong[1:].sum(1), images) if wrong.dtype == bool else paired_bootstrap(wrong[1:])
-    table = {
-        "images": images,
-        "error": wrong[1:].mean(1),
-        "error_low": low,
-        "error_high": high,
-        "loss": loss[1:].mean(1),
-    }
+    table = {"images": images, "error": wrong[1:].mean(1), "error_low": low, "error_high": high}
+    table["loss"] = loss[1:].mean(1)
     for name, values in (("delta_error", wrong.astype(float)), ("delta_loss", loss)):
         difference = values[1:] - values[0]
         table[name] = difference.mean(1)
@@ -351,19 +321,20 @@ def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def reestimate_batch_norm(chain: Chain, batches: Batches) -> Chain:
+def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
     """Return a copy of the chain whose batch norm statistics are averaged anew over ``batches``.
 
     The control for a lesion: it tells lost paths from statistics that no longer fit. Parameters are copied unchanged.
 
     Args:
         chain: usually one with deleted units.
-        batches: normalised training images ``(B, C, H, W)`` and labels, which are not looked at; or other `Batches`.
+        batches: a split, or `Batches` of training images, whose labels may be missing.
 
     Raises:
-        ValueError: the chain was traced from a model that calls batch norm as a function.
+        ValueError: there are no batches, or the chain was traced from a model that calls batch norm as a function.
     """
-    baked = [n.name for m in chain.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes if _is_norm(n)]
+    nodes = [node for part in chain.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
+    baked = [node.name for node in nodes if node.op == "call_function" and "batch_norm" in str(node.target)]
     if baked:
         raise ValueError(
             f"the traced model calls batch norm as a function ({baked[0]}), whose statistics cannot be estimated anew: "
@@ -375,12 +346,7 @@ def reestimate_batch_norm(chain: Chain, batches: Batches) -> Chain:
             module.reset_running_stats()
             module.momentum = None  # a plain average over the batches
             module.train()  # this one alone: dropout stays off
-    with torch.no_grad():
-        for batch in batches:
-            x = batch if isinstance(batch, Mapping) else batch[0]
-            chain(move(x, chain))
+    for x, _ in iterate(chain, batches, labels=False):
+        with torch.no_grad():
+            chain(x)
     return chain.eval()
-
-
-def _is_norm(node: fx.Node) -> bool:
-    return "batch_norm" in str(node.target) and node.op == "call_function"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -58,47 +60,15 @@ def resnet(
     Raises:
         ValueError: the depth is not 6n + 2, or the shortcut is unknown.
     """
-    return _three_stages("resnet", depth, in_channels, classes, width, preactivation, shortcut, True, seed)
-
-
-def plain(
-    depth: int,
-    *,
-    in_channels: int = 3,
-    classes: int = 10,
-    width: int = 16,
-    preactivation: bool = True,
-    seed: int = 0,
-) -> Chain:
-    """Return the same network as `resnet` without skips: y_i = post(branch_i(y_{i-1})).
-
-    Its units keep the parameter-free shortcut for their deletion. Arguments and errors are those of `resnet`.
-    """
-    return _three_stages("plain", depth, in_channels, classes, width, preactivation, "pad", False, seed)
-
-
-def _three_stages(
-    family: str,
-    depth: int,
-    in_channels: int,
-    classes: int,
-    width: int,
-    preactivation: bool,
-    shortcut: str,
-    residual: bool,
-    seed: int,
-) -> Chain:
     if depth < 8 or (depth - 2) % 6:
         near = max(8, round((depth - 2) / 6) * 6 + 2)
         raise ValueError(f"depth {depth} is not 6n + 2: use a depth such as 8, 20, 56 or 110 (nearest: {near})")
     if shortcut not in ("pad", "projection"):
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
-    n = (depth - 2) // 6
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+    with _seeded(seed):
         units, channels = [], width
         for stage in (1, 2, 3):
-            for block in range(n):
+            for block in range((depth - 2) // 6):
                 c_out = width * 2 ** (stage - 1)
                 stride = 2 if stage > 1 and block == 0 else 1
                 skip: nn.Module | None = None
@@ -106,12 +76,11 @@ def _three_stages(
                     skip = Pad(c_out - channels, stride)
                 elif stride > 1:
                     skip = conv(channels, c_out, stride, kernel=1)
-                    if not preactivation:
-                        skip = nn.Sequential(skip, nn.BatchNorm2d(c_out))
+                    skip = skip if preactivation else nn.Sequential(skip, nn.BatchNorm2d(c_out))
                 branch = _branch(channels, c_out, stride, preactivation)
                 post = None if preactivation else nn.ReLU()
                 name = f"stage{stage}.block{block}"
-                units.append(Unit(branch, skip, post, residual=residual, name=name, stage=stage))
+                units.append(Unit(branch, skip, post, name=name, stage=stage, transition=stride > 1))
                 channels = c_out
         stem: nn.Module = conv(in_channels, width)
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
@@ -119,25 +88,34 @@ def _three_stages(
             head = [nn.BatchNorm2d(channels), nn.ReLU(), *head]
         else:
             stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
-        name = f"{family}{depth}" + ("" if preactivation else "-post")
+        name = f"resnet{depth}" + ("" if preactivation else "-post")
         name += "-projection" if shortcut == "projection" else ""
         config = {"name": name, "in_channels": in_channels, "classes": classes, "width": width}
         return _initialize(Chain(stem, units, nn.Sequential(*head), config))
 
 
 def _branch(c_in: int, c_out: int, stride: int, preactivation: bool) -> nn.Sequential:
+    norms = nn.BatchNorm2d(c_in if preactivation else c_out), nn.BatchNorm2d(c_out)
+    convs = conv(c_in, c_out, stride), conv(c_out, c_out)
     if preactivation:
-        return nn.Sequential(
-            nn.BatchNorm2d(c_in),
-            nn.ReLU(),
-            conv(c_in, c_out, stride),
-            nn.BatchNorm2d(c_out),
-            nn.ReLU(),
-            conv(c_out, c_out),
-        )
-    return nn.Sequential(
-        conv(c_in, c_out, stride), nn.BatchNorm2d(c_out), nn.ReLU(), conv(c_out, c_out), nn.BatchNorm2d(c_out)
-    )
+        return nn.Sequential(norms[0], nn.ReLU(), convs[0], norms[1], nn.ReLU(), convs[1])
+    return nn.Sequential(convs[0], norms[0], nn.ReLU(), convs[1], norms[1])
+
+
+def plain(
+    depth: int, *, in_channels: int = 3, classes: int = 10, width: int = 16, preactivation: bool = True, seed: int = 0
+) -> Chain:
+    """Return the same network as `resnet` without skips: y_i = post(branch_i(y_{i-1})).
+
+    Its units keep the parameter-free shortcut for their deletion. Arguments and errors are those of `resnet`.
+    """
+    options = {"in_channels": in_channels, "classes": classes, "width": width, "preactivation": preactivation}
+    chain = resnet(depth, **options, seed=seed)
+    for unit in chain.units:
+        unit.residual = False
+    assert chain.config is not None
+    chain.config["name"] = chain.config["name"].replace("resnet", "plain")
+    return chain
 
 
 def vgg(
@@ -145,23 +123,22 @@ def vgg(
     *,
     in_channels: int = 3,
     classes: int = 10,
-    width: int = 64,
+    width: int = 128,
     image_size: int = 32,
     batch_norm: bool = True,
     seed: int = 0,
 ) -> Chain:
     """Return the 15-layer VGG beside the ResNet in Veit et al. (2016): 13 convolutions, a hidden and an output layer.
 
-    Every convolution with its normalisation and ReLU is a unit without a skip. Channels are ``width`` × 1, 1, 2, 2, 4,
-    4, 4, 8, 8, 8, 8, 8, 8; a 2×2 maximum follows layers 2, 4, 7, 10 and 13 as long as there are 2×2 pixels. A deleted
-    unit keeps its pooling and appends zero channels. The paper does not spell out its variant; this is the usual one
-    for CIFAR.
+    Every layer has ``width`` channels, so that any of them can be removed. A convolution with its normalisation and
+    ReLU is a unit without a skip; a 2×2 maximum follows layers 2, 4, 7, 10 and 13 as long as there are 2×2 pixels. A
+    deleted unit keeps its pooling, and the first one appends zero channels.
 
     Args:
         depth: 15.
         in_channels: channels of the images ``(B, in_channels, image_size, image_size)``.
         classes: number of classes K of the logits ``(B, K)``.
-        width: channels of the first layer.
+        width: channels of every layer; 128 in the paper.
         image_size: side length of the images in pixels.
         batch_norm: whether the convolutions are normalised.
         seed: of the initial weights; the global generator is left alone.
@@ -171,39 +148,36 @@ def vgg(
     """
     if depth != 15:
         raise ValueError(f"there is no vgg({depth}) here: use vgg(15), the one that Veit et al. compare with")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+    with _seeded(seed):
         units, channels, size = [], in_channels, image_size
-        for stage, (factor, layers) in enumerate([(1, 2), (2, 2), (4, 3), (8, 3), (8, 3)], start=1):
+        for stage, layers in enumerate((2, 2, 3, 3, 3), start=1):
             for layer in range(layers):
-                c_out = width * factor
-                branch: list[nn.Module] = [nn.Conv2d(channels, c_out, 3, padding=1, bias=not batch_norm)]
-                if batch_norm:
-                    branch.append(nn.BatchNorm2d(c_out))
+                branch: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=not batch_norm)]
+                branch += [nn.BatchNorm2d(width)] if batch_norm else []
                 branch.append(nn.ReLU())
-                skip: list[nn.Module] = [Pad(c_out - channels, 1)] if c_out > channels else []
+                skip: list[nn.Module] = [Pad(width - channels, 1)] if width != channels else []
                 if layer == layers - 1 and size > 1:
                     size //= 2
                     branch.append(nn.MaxPool2d(2))
                     skip.append(nn.MaxPool2d(2))
-                units.append(
-                    Unit(
-                        nn.Sequential(*branch),
-                        nn.Sequential(*skip) if skip else None,
-                        residual=False,
-                        name=f"stage{stage}.conv{layer}",
-                        stage=stage,
-                    )
-                )
-                channels = c_out
-        features = channels * size * size
-        norm = [nn.BatchNorm1d(channels)] if batch_norm else []
-        head = nn.Sequential(
-            nn.Flatten(), nn.Linear(features, channels), *norm, nn.ReLU(), nn.Linear(channels, classes)
-        )
+                shortcut = nn.Sequential(*skip) if skip else None
+                options = {"name": f"stage{stage}.conv{layer}", "stage": stage, "transition": bool(skip)}
+                units.append(Unit(nn.Sequential(*branch), shortcut, residual=False, **options))
+                channels = width
+        norm = [nn.BatchNorm1d(width)] if batch_norm else []
+        hidden = nn.Linear(width * size * size, width)
+        head = nn.Sequential(nn.Flatten(), hidden, *norm, nn.ReLU(), nn.Linear(width, classes))
         config = {"name": "vgg15" + ("" if batch_norm else "-nobn"), "in_channels": in_channels}
         config |= {"classes": classes, "width": width, "image_size": image_size}
         return _initialize(Chain(nn.Identity(), units, head, config))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from a seeded generator within a ``with`` block, and leave the global one as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        yield
 
 
 def _initialize(chain: Chain) -> Chain:
@@ -221,39 +195,30 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: in
     """Return a network by its name, such as ``resnet110``, ``resnet56-post``, ``plain20`` or ``vgg15-nobn``.
 
     Args:
-        name: family and depth, then ``-post`` (2015 form), ``-projection``, ``-nobn`` (VGG without batch norm) or
-            ``-narrow`` (VGG with half the channels, a quarter of the size in a file).
-        dataset: ``"digits"`` or ``"cifar10"``, which sets channels and image size (and a narrow VGG for digits).
+        name: family and depth, then ``-post`` (2015 form), ``-projection`` or ``-nobn`` (VGG without batch norm).
+        dataset: ``"digits"`` or ``"cifar10"``, which sets channels and image size, and the width of a VGG (64 or 128).
         seed: of the initial weights.
         options: passed to `resnet`, `plain` or `vgg`, over those of the dataset.
 
     Raises:
         ValueError: no such network or dataset.
     """
-    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn|narrow))*)", name)
+    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn))*)", name)
     if not match:
         raise ValueError(f"unknown network {name!r}: expected a name such as resnet110, plain56-post or vgg15-nobn")
     family, depth, suffixes = match[1], int(match[2]), set(match[3].split("-")) - {""}
-    allowed = {"resnet": {"post", "projection"}, "plain": {"post"}, "vgg": {"nobn", "narrow"}}[family]
+    allowed = {"resnet": {"post", "projection"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
     if suffixes - allowed:
         raise ValueError(f"{family} has no variant -{min(suffixes - allowed)}: it has {', '.join(sorted(allowed))}")
     if dataset is not None:
         if dataset not in SHAPES:
             raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(SHAPES)}")
         channels, size = SHAPES[dataset]
-        defaults = {"in_channels": channels}
-        if family == "vgg":
-            defaults |= {"image_size": size, "width": 16 if dataset == "digits" else 64}
-            defaults["width"] //= 2 if "narrow" in suffixes else 1
-        options = defaults | options
+        vgg_only = {"image_size": size, "width": 64 if dataset == "digits" else 128} if family == "vgg" else {}
+        options = {"in_channels": channels} | vgg_only | options
     if family == "vgg":
-        if "narrow" in suffixes:
-            options = {"width": 32} | options
-        chain = vgg(depth, batch_norm="nobn" not in suffixes, seed=seed, **options)
-        assert chain.config is not None
-        chain.config["name"] += "-narrow" if "narrow" in suffixes else ""
-        return chain
+        return vgg(depth, batch_norm="nobn" not in suffixes, seed=seed, **options)
+    options["preactivation"] = "post" not in suffixes
     if family == "plain":
-        return plain(depth, preactivation="post" not in suffixes, seed=seed, **options)
-    shortcut = "projection" if "projection" in suffixes else "pad"
-    return resnet(depth, preactivation="post" not in suffixes, shortcut=shortcut, seed=seed, **options)
+        return plain(depth, seed=seed, **options)
+    return resnet(depth, shortcut="projection" if "projection" in suffixes else "pad", seed=seed, **options)

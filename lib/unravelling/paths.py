@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import product
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn import functional as F
 
-from .chain import Chain, Unit, inputs_and_labels, move
+from .batches import device_of, inputs_and_labels, move
+from .chain import Chain, Unit, check_positive
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -52,7 +54,7 @@ def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
         with torch.no_grad():
             for name, buffer in chain.named_buffers():
                 buffer.copy_(buffers[name])
-    norms = [g.double().norm().item() for g in gradients]
+    norms = [_double(g).norm().item() for g in gradients]
     return pd.DataFrame({"state": range(len(norms)), "gradient_norm": norms})
 
 
@@ -65,9 +67,7 @@ def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
 
     Args:
         chain: a network of at most 12 units, in eval mode.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
-        loss: maps logits and ``y`` to a scalar.
+        x, y, loss: as in `gradient_norms`.
 
     Returns:
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
@@ -79,12 +79,8 @@ def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
         raise ValueError(f"{len(chain)} units make 2^{len(chain)} paths: use gradient_by_length for more than 12")
     states, top = _states_and_top_gradient(chain, x, y, loss)
     paths: dict[tuple[int, ...], Tensor] = {(): top}
-    for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
-        through_skip, through_branch = _vjps(unit, state)
-        paths = {
-            (bit, *bits): (through_branch if bit else through_skip)(g)
-            for (bits, g), bit in product(paths.items(), _bits(unit))
-        }
+    for unit, vjps in _backwards(chain, states):
+        paths = {(bit, *bits): vjps[bit](g) for (bits, g), bit in product(paths.items(), _bits(unit))}
     return paths
 
 
@@ -106,9 +102,7 @@ def gradient_by_length(
 
     Args:
         chain: the network, in eval mode.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
-        loss: maps logits and ``y`` to a scalar.
+        x, y, loss: as in `gradient_norms`.
         at: ``"stem"`` for the gradient at y_0, the first unit's input, ``"pixels"`` for that at ``x``.
         max_length: the longest length m told apart; all of them when None.
         dtype: compute in this type, such as ``torch.float64``, on a copy of the chain; as the chain is when None.
@@ -125,20 +119,14 @@ def gradient_by_length(
     if max_length is not None and not 0 <= max_length <= len(chain):
         raise ValueError(f"max_length {max_length} makes no sense: paths have lengths 0 to {len(chain)}")
     if dtype is not None:
-        x, y = _inputs(chain, x, y)
-        chain, x = copy.deepcopy(chain).to(dtype), _floats(x, dtype)
+        chain = copy.deepcopy(chain).to(dtype)
     states, top = _states_and_top_gradient(chain, x, y, loss)
     by_length: list[Tensor | None] = [top]
     whole = top
-    for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
-        through_skip, through_branch = _vjps(unit, state)
+    for unit, vjps in _backwards(chain, states):
+        by_length = _one_longer(unit, vjps, by_length)
         if max_length is not None:
-            whole = _sum(way(whole) for way in _ways(unit, through_skip, through_branch))
-        bits = _bits(unit)
-        skipped = [through_skip(g) if 0 in bits and g is not None else None for g in by_length]
-        taken = [through_branch(g) if 1 in bits and g is not None else None for g in by_length]
-        by_length = [_sum((s, t)) for s, t in zip([*skipped, None], [None, *taken], strict=True)]
-        if max_length is not None:
+            whole = _sum(vjps[bit](whole) for bit in _bits(unit))
             by_length = by_length[: max_length + 1]
     if max_length is not None:
         by_length.append(_sum((whole, *(-g for g in by_length if g is not None))))
@@ -158,7 +146,7 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
         One row a length, with ``length``, ``norm`` ‖G_k‖, ``share`` ⟨g, G_k⟩ / ‖g‖² with g = Σ G_k, so that shares sum
         to 1; with ``per_sample`` also ``sample``.
     """
-    flat = gradients.double().flatten(2) if per_sample else gradients.double().flatten(1)[:, None]
+    flat = _double(gradients).flatten(2) if per_sample else _double(gradients).flatten(1)[:, None]
     whole = flat.sum(0)
     norm = flat.norm(dim=-1)
     share = (flat * whole).sum(-1) / (whole**2).sum(-1)
@@ -167,8 +155,8 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
         {
             "sample": np.tile(np.arange(samples), lengths),
             "length": np.repeat(np.arange(lengths), samples),
-            "norm": norm.cpu().numpy().ravel(),
-            "share": share.cpu().numpy().ravel(),
+            "norm": norm.numpy().ravel(),
+            "share": share.numpy().ravel(),
         }
     )
     return table if per_sample else table.drop(columns="sample")
@@ -182,9 +170,7 @@ def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy)
 
     Args:
         chain: the network, in eval mode.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
-        loss: maps logits and ``y`` to a scalar.
+        x, y, loss: as in `gradient_norms`.
 
     Returns:
         Lengths ``(B,)``. For a whole batch, average them with weights ‖g‖².
@@ -194,14 +180,11 @@ def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy)
     """
     states, g = _states_and_top_gradient(chain, x, y, loss)
     derivative = torch.zeros_like(g)
-    for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
-        through_skip, through_branch = _vjps(unit, state)
-        ways = _ways(unit, through_skip, through_branch)
-        derivative = _sum(way(derivative) for way in ways)
-        if 1 in _bits(unit):
-            derivative = derivative + through_branch(g)
-        g = _sum(way(g) for way in ways)
-    g, derivative = g.double().flatten(1), derivative.double().flatten(1)
+    for unit, vjps in _backwards(chain, states):
+        bits = _bits(unit)
+        derivative = _sum([vjps[bit](derivative) for bit in bits] + [vjps[1](g) for bit in bits if bit])
+        g = _sum(vjps[bit](g) for bit in bits)
+    g, derivative = _double(g).flatten(1), _double(derivative).flatten(1)
     return (g * derivative).sum(1) / (g**2).sum(1)
 
 
@@ -221,19 +204,19 @@ def sample_path_gradients(
 
     Args:
         chain: the network, in eval mode; use float64, since long paths carry less than float32 can hold.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        x, y, loss: as in `gradient_norms`.
         lengths: numbers k of branches.
         samples: paths for each length.
         seed: of the choices.
-        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         One row a path, with ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
 
     Raises:
-        ValueError: there is no path of such a length, the chain is in training mode, or the loss is no scalar.
+        ValueError: there is no path of such a length, there are no samples, the chain is in training mode, or the loss
+            is no scalar.
     """
+    check_positive(samples=samples)
     ways = [_bits(unit) for unit in chain.units]
     free = [i for i, bits in enumerate(ways) if len(bits) == 2]
     always = [i for i, bits in enumerate(ways) if bits == (1,)]
@@ -244,7 +227,7 @@ def sample_path_gradients(
                 f"no path has length {k}: this chain's have lengths {len(always)} to {len(always) + len(free)}"
             )
     states, top = _states_and_top_gradient(chain, x, y, loss)
-    vjps = [_vjps(unit, state) for unit, state in zip(chain.units, states[:-1], strict=True)]
+    vjps = [pair for _, pair in _backwards(chain, states)][::-1]
     random = np.random.default_rng(seed)
     rows = []
     for k in lengths:
@@ -253,7 +236,7 @@ def sample_path_gradients(
             g = top
             for i in reversed(range(len(chain))):
                 g = vjps[i][i in taken](g)
-            rows.append({"length": k, "sample": sample, "norm": g.double().norm().item()})
+            rows.append({"length": k, "sample": sample, "norm": _double(g).norm().item()})
     return pd.DataFrame(rows)
 
 
@@ -265,11 +248,9 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
 
     Args:
         chain: the network, in eval mode; float64 for lengths at which the gradient is tiny.
-        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
-        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        x, y, loss: as in `gradient_norms`.
         repeats: independent draws of all signs, at least 2.
         seed: of the signs.
-        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         One row a length, with ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how
@@ -281,19 +262,15 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
     if repeats < 2:
         raise ValueError(f"{repeats} repeats give no standard error: use at least 2")
     states, top = _states_and_top_gradient(chain, x, y, loss)
-    vjps = [_vjps(unit, state) for unit, state in zip(chain.units, states[:-1], strict=True)]
+    units = list(_backwards(chain, states))
     generator = torch.Generator().manual_seed(seed)
     squares = np.zeros((repeats, len(chain) + 1))
     for repeat in range(repeats):
         by_length: list[Tensor | None] = [top]
-        for unit, (through_skip, through_branch) in zip(reversed(chain.units), reversed(vjps), strict=True):
-            sign = 2.0 * torch.randint(2, (len(top), *[1] * (states[0].dim() - 1)), generator=generator) - 1
-            bits = _bits(unit)
-            skipped = [through_skip(g) if 0 in bits and g is not None else None for g in by_length]
-            taken = [through_branch(g) if 1 in bits and g is not None else None for g in by_length]
-            signed = [None if g is None else g * sign.to(g) for g in taken]
-            by_length = [_sum((s, t)) for s, t in zip([*skipped, None], [None, *signed], strict=True)]
-        squares[repeat] = [0.0 if g is None else (g.double() ** 2).sum().item() for g in by_length]
+        for unit, vjps in units:
+            signs = 2.0 * torch.randint(2, (len(top),), generator=generator) - 1
+            by_length = _one_longer(unit, vjps, by_length, signs)
+        squares[repeat] = [0.0 if g is None else (_double(g) ** 2).sum().item() for g in by_length]
     free = sum(len(_bits(unit)) == 2 for unit in chain.units)
     always = sum(_bits(unit) == (1,) for unit in chain.units)
     paths = [math.comb(free, k - always) if k >= always else 0 for k in range(len(chain) + 1)]
@@ -330,9 +307,8 @@ def surviving(n: int, d: int) -> pd.DataFrame:
     """
     if not 0 <= d <= n:
         raise ValueError(f"cannot delete {d} of {n} units")
-    return pd.DataFrame(
-        {"length": range(n + 1), "share": [math.comb(n - d, k) / math.comb(n, k) for k in range(n + 1)]}
-    )
+    share = [math.comb(n - d, k) / math.comb(n, k) for k in range(n + 1)]
+    return pd.DataFrame({"length": range(n + 1), "share": share})
 
 
 def _bits(unit: Unit) -> tuple[int, ...]:
@@ -340,19 +316,29 @@ def _bits(unit: Unit) -> tuple[int, ...]:
     return (0,) if unit.is_deleted else (0, 1) if unit.residual else (1,)
 
 
-Way = Callable[[Tensor], Tensor]
+Ways = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
-def _ways(unit: Unit, through_skip: Way, through_branch: Way) -> list[Way]:
-    return [(through_skip, through_branch)[bit] for bit in _bits(unit)]
+def _backwards(chain: Chain, states: list[Tensor]) -> Iterator[tuple[Unit, Ways]]:
+    """Yield the units from the last to the first, each with its vector-Jacobian products through skip and branch."""
+    for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
+        yield unit, _vjps(unit, state)
 
 
-@overload
-def _sum(terms: Iterable[Tensor]) -> Tensor: ...
-@overload
-def _sum(terms: Iterable[Tensor | None]) -> Tensor | None: ...
-def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:
-    """Add the terms that there are."""
+def _one_longer(
+    unit: Unit, vjps: Ways, by_length: list[Tensor | None], signs: Tensor | None = None
+) -> list[Tensor | None]:
+    """Take gradients by path length one unit down; each image's part through the branch times its sign, ``(B,)``."""
+    bits = _bits(unit)
+    skipped = [vjps[0](g) if 0 in bits and g is not None else None for g in by_length]
+    taken = [vjps[1](g) if 1 in bits and g is not None else None for g in by_length]
+    if signs is not None:
+        taken = [None if g is None else g * signs.to(g).view(-1, *[1] * (g.dim() - 1)) for g in taken]
+    return [_sum((s, t)) for s, t in zip([*skipped, None], [None, *taken], strict=True)]
+
+
+def _sum(terms: Iterable[Any]) -> Any:
+    """Add the terms that there are; None where there is none."""
     there = [term for term in terms if term is not None]
     return functools.reduce(torch.add, there) if there else None
 
@@ -362,12 +348,9 @@ def _inputs(chain: Chain, x: Any, y: Any) -> tuple[Any, Any]:
     return inputs_and_labels(chain, x if y is None else (x, y))
 
 
-def _floats(x: Any, dtype: torch.dtype) -> Any:
-    if isinstance(x, Mapping):
-        return {name: _floats(value, dtype) for name, value in x.items()}
-    if isinstance(x, (tuple, list)):
-        return type(x)(_floats(value, dtype) for value in x)
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+def _double(x: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU, since a device may lack it."""
+    return x.detach().cpu().double()
 
 
 def _to_pixels(chain: Chain, x: Any, gradients: Tensor) -> Tensor:
@@ -390,19 +373,36 @@ def _scalar(value: Tensor) -> Tensor:
 def _states_and_top_gradient(chain: Chain, x: Tensor, y: Tensor, loss: Loss) -> tuple[list[Tensor], Tensor]:
     """Return y_0 … y_n, detached, and the gradient of the loss at y_n."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in chain.modules()):
-        raise ValueError(
-            "batch norm is in training mode, in which it ties the images of a batch together: call chain.eval() first"
-        )
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p for m in chain.modules()):
-        raise ValueError("dropout is in training mode, in which no two passes are the same: call chain.eval() first")
+        raise ValueError("batch norm is in training mode, which ties the images of a batch: call chain.eval() first")
     x, y = _inputs(chain, x, y)
-    with torch.no_grad():
-        states = chain.trace(x)
-    last = states[-1].detach().requires_grad_()  # not in place: it may be the caller's x
-    return states, grad(_scalar(loss(chain.head(last), y)), last)[0]
+    with _nothing_random(device_of(chain)):
+        with torch.no_grad():
+            states = chain.trace(x)
+        last = states[-1].detach().requires_grad_()  # not in place: it may be the caller's x
+        logits = chain.head(last)
+    return states, grad(_scalar(loss(logits, y)), last)[0]
 
 
-def _vjps(unit: Unit, state: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+@contextmanager
+def _nothing_random(device: torch.device) -> Iterator[None]:
+    """Raise ValueError after a ``with`` block that drew random numbers, and give the generators their state back."""
+    sources: list[tuple[Any, tuple]] = [(torch, ())]
+    if device.type != "cpu":
+        sources.append((torch.get_device_module(device), () if device.type == "mps" else (device,)))
+    before = [module.get_rng_state(*where) for module, where in sources]
+    yield
+    drawn = False
+    for (module, where), state in zip(sources, before, strict=True):
+        drawn |= not torch.equal(module.get_rng_state(*where), state)
+        module.set_rng_state(state, *where)
+    if drawn:
+        raise ValueError(
+            "the network draws random numbers, as dropout and stochastic depth do in training mode, in which no two "
+            "passes are the same: call chain.eval() first"
+        )
+
+
+def _vjps(unit: Unit, state: Tensor) -> Ways:
     """Return the maps g → S^T g and g → J^T g of a unit at ``state``, its ``post`` included."""
     state = state.detach().requires_grad_()
     branch = unit.branch(state) if unit.branch is not None else None

@@ -1,4 +1,4 @@
-"""One function for each kind of figure: a table goes in, the Axes come out.
+"""One function for each kind of figure: a table goes in, the Axes come out. Nothing is read, computed or said here.
 
 Needs the optional matplotlib and seaborn. Figures are at most 6.4 inches wide with type of 11 points, so that they can
 be read on a telephone, and have a white background, so that they can be read in dark mode.
@@ -19,13 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from .results import label as results_label
-from .results import seeds, stored
 from .stats import seed_band
+from .stored import intact_error
+from .wording import about, network_label
 
-PAPER = "`make paper` (`python -m unravelling paper --recipe brief --data FOLDER`)"
-"""The command that makes the results on CIFAR-10, in Markdown."""
-DATASETS = "digits", "cifar10"
 WIDTH = 6.4  # inches
 _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _BROWN, _PINK, _GREY, *_ = sns.color_palette("colorblind")
 FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
@@ -60,7 +57,14 @@ def family_color(network: str) -> tuple[float, float, float]:
 
 
 def seed_lines(
-    table: pd.DataFrame, x: str, value: str, *, ax: Axes | None = None, scale: float = 1.0, **style: Any
+    table: pd.DataFrame,
+    x: str,
+    value: str,
+    *,
+    ax: Axes | None = None,
+    scale: float = 1.0,
+    log: bool = False,
+    **style: Any,
 ) -> Axes:
     """Draw the mean of ``value`` over seeds against ``x``, with its 95 % Student t band.
 
@@ -70,69 +74,34 @@ def seed_lines(
         value: column to average.
         ax: where to draw; new axes when None.
         scale: factor on the values, such as 100 for per cent.
+        log: average the logarithms, which gives the geometric mean, on a logarithmic axis; zeros are left out.
         style: passed to ``Axes.plot``, such as ``label`` and ``color``.
     """
     ax = ax or plt.subplots()[1]
-    band = seed_band(table, x, value).sort_values(x)
-    (line,) = ax.plot(band[x], scale * band["mean"], **style)
-    if band["seeds"].max() > 1:
-        ax.fill_between(band[x], scale * band["low"], scale * band["high"], color=line.get_color(), alpha=0.25, lw=0)
+    if log:
+        table = table[table[value] > 0].assign(**{value: lambda t: np.log(t[value])})
+        ax.set_yscale("log")
+    band = seed_band(table, x, value).sort_values(x).set_index(x)[["low", "mean", "high"]]
+    band = scale * (np.exp(band) if log else band)
+    (line,) = ax.plot(band["mean"], **style)
+    ax.fill_between(band.index, band["low"], band["high"], color=line.get_color(), alpha=0.25, lw=0)
     return ax
 
 
-def network_label(network: str) -> str:
-    """Return a network's name as prose writes it, such as ResNet-110 for ``"resnet110"``."""
-    family = next((name for name in ("ResNet", "plain", "VGG") if network.startswith(name.lower())), None)
-    if family is None:
-        return network
-    depth, _, variant = network[len(family) :].partition("-")
-    variant = {"nobn": "without batch norm", "post": "of 2015"}.get(variant, variant)
-    return f"{family}-{depth} {variant}".strip()
+def levels(ax: Axes, *, intact: float | None = None, chance: float | None = None, color: object = _BLUE) -> Axes:
+    """Draw the errors, in per cent, of the intact network as a dashed and of guessing as a dotted line."""
+    if intact is not None:
+        ax.axhline(100 * intact, color=color, ls="--", lw=1, zorder=1)
+    if chance is not None:
+        ax.axhline(100 * chance, color="0.4", ls=":", lw=1, zorder=1)
+    return ax
 
 
-def both(quantity: str, *networks: str, recipe: str = "default") -> dict[str, pd.DataFrame]:
-    """Return stored results of some networks on the digits and on CIFAR-10; what is not stored has no rows.
-
-    Args:
-        quantity: such as ``"delete_each"``.
-        networks: whose rows are wanted; all that there are when none is named. Where one is missing, its variant
-            ``-narrow``, whose weights fit in a file, stands in.
-        recipe: as `unravelling.results.stored` takes it.
-    """
-    tables = {}
-    for dataset in DATASETS:
-        try:
-            table = stored(f"{dataset}/{quantity}", recipe=recipe)
-        except FileNotFoundError:
-            table = pd.DataFrame(columns=["dataset", "network", "seed", "recipe"])
-        there = set(table["network"])
-        chosen = [name if name in there else f"{name}-narrow" for name in networks]
-        tables[dataset] = table[table["network"].isin(chosen)] if networks else table
-    return tables
-
-
-def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
-    """Return a sentence that names the networks which a data set lacks and the command for them, or nothing.
-
-    Args:
-        tables: of `both`.
-        networks: that a figure wants.
-    """
-    sentences = []
-    for dataset, table in tables.items():
-        there = set(table["network"].astype(str).str.removesuffix("-narrow"))
-        if gaps := [network_label(name) for name in networks if name not in there]:
-            name = {"cifar10": "CIFAR-10"}.get(dataset, f"the {dataset}")
-            sentences.append(f"Not measured yet on {name}: {', '.join(gaps)}; {PAPER} does that.")
-    return " ".join(sentences)
-
-
-def describe(dataset: str, table: pd.DataFrame) -> str:
-    """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
-    if table.empty:
-        return {"cifar10": "CIFAR-10"}.get(dataset, dataset)
-    recipes = sorted(table["recipe"].unique())
-    return f"{results_label(dataset, recipes[0]).split(', ')[0]}, recipe {' and '.join(recipes)}, {seeds(table)}"
+def not_measured(ax: Axes) -> Axes:
+    """Say in an empty panel that there is nothing to draw yet."""
+    ax.text(0.5, 0.5, "not measured yet", transform=ax.transAxes, ha="center", va="center", color="0.3")
+    ax.tick_params(bottom=False, labelbottom=False)
+    return ax
 
 
 def side_by_side(
@@ -142,6 +111,7 @@ def side_by_side(
     rows: Sequence[str] = (),
     height: float = 3.6,
     sharey: bool = True,
+    legend: int = 0,
 ) -> Figure:
     """Draw the same quantity for several data sets, one column each, whose title says images, recipe and seeds.
 
@@ -149,10 +119,11 @@ def side_by_side(
 
     Args:
         draw: draws a table on the axes that it is given.
-        tables: of `both`.
+        tables: of `unravelling.stored.both`.
         rows: networks that get a row of panels each; all in one row when empty.
         height: of a row, in inches.
         sharey: as in ``plt.subplots``.
+        legend: columns of one legend for all panels, below them; none when 0.
     """
     networks: Sequence[str | None] = rows or [None]
     size = (WIDTH, height * len(networks))
@@ -161,40 +132,25 @@ def side_by_side(
         for ax, (dataset, table) in zip(line, tables.items(), strict=True):
             chosen = table if network is None else table[table["network"].isin([network, f"{network}-narrow"])]
             if chosen.empty:
-                ax.text(0.5, 0.5, "not measured yet", transform=ax.transAxes, ha="center", va="center", color="0.3")
-                ax.tick_params(bottom=False, labelbottom=False)
+                not_measured(ax)
             else:
                 draw(chosen, ax)
-            title = describe(dataset, chosen).replace(", ", "\n", 1)
+            title = about(dataset, chosen).replace(", ", "\n", 1)
             if network is not None:
                 title = f"{network_label(network if chosen.empty else chosen['network'].iloc[0])}\n{title}"
             ax.set_title(title, loc="left", fontsize=10.5)
             if ax is not line[0]:
                 ax.set_ylabel("")
+    if legend:
+        entries = next((entry for ax in axes.flat if (entry := ax.get_legend_handles_labels())[0]), ([], []))
+        fig.legend(*entries, loc="outside lower center", ncols=legend)
     return fig
 
 
-def over_seeds(values: pd.Series, *, scale: float = 100, unit: str = " %", digits: int = 1) -> str:
-    """Return the mean of one value a seed in words, with its 95 % Student t interval where there are several seeds.
-
-    Args:
-        values: one for each seed.
-        scale: factor on the values, such as 100 for per cent.
-        unit: what follows the numbers.
-        digits: behind the decimal point.
-    """
-    band = seed_band(pd.DataFrame({"all": 0, "value": scale * np.asarray(values, float)}), "all", "value").iloc[0]
-    mean, low, high = (f"{band[end]:.{digits}f}".replace("-", "−") for end in ("mean", "low", "high"))
-    if band["seeds"] == 1:
-        return f"{mean}{unit} (one seed: no interval over seeds)"
-    return f"{mean}{unit} (95 % interval over {band['seeds']:.0f} seeds {low} to {high})"
-
-
-def damage(
+def single_deletions(
     table: pd.DataFrame,
     *,
     value: str = "error",
-    intact: float | None = None,
     chance: float | None = None,
     ax: Axes | None = None,
     color: object = None,
@@ -202,18 +158,20 @@ def damage(
 ) -> Axes:
     """Draw what each single deletion does, as figure 3 of Veit et al. (2016), with intervals.
 
+    Transition units are hollow diamonds, thin vertical lines begin the stages, and beside errors the intact network's
+    is a dashed line.
+
     Args:
         table: of `unravelling.lesion.delete_each`; where it has a column ``seed``, the seeds' mean and range are drawn,
-            otherwise the interval of the one network. Transition units are drawn as hollow diamonds.
+            otherwise the interval of the one network.
         value: what to draw: ``"error"``, ``"delta_error"`` or ``"delta_loss"``.
-        intact: error of the intact network, drawn as a dashed line.
         chance: error of guessing, drawn as a dotted line.
         ax: where to draw; new axes when None.
-        color: of the points.
+        color: of the points; that of the network's family when None.
         label: for the legend.
     """
     ax = ax or plt.subplots()[1]
-    color = color or _BLUE
+    color = color or (family_color(table["network"].iloc[0]) if "network" in table else _BLUE)
     scale = 1 if value.endswith("loss") else 100
     rows = table.rename(columns={value: "middle", f"{value}_low": "low", f"{value}_high": "high"})
     if "seed" in table and table["seed"].nunique() > 1:
@@ -233,10 +191,8 @@ def damage(
             zorder=3,
             label=None if transition else label,
         )
-    if intact is not None:
-        ax.axhline(scale * intact, color=color, ls="--", lw=1, zorder=1)
-    if chance is not None:
-        ax.axhline(scale * chance, color="0.4", ls=":", lw=1, zorder=1)
+    levels(ax, intact=intact_error(table) if value == "error" else None, chance=chance, color=color)
+    stage_boundaries(ax, table)
     labels = {"error": "test error (%)", "delta_error": "Δ error (points)", "delta_loss": "Δ loss (nats)"}
     ax.set(xlabel="deleted unit", ylabel=labels[value])
     if value == "error":

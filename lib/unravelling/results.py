@@ -14,70 +14,10 @@ import torch
 from filelock import FileLock
 
 from .data import write_atomically
-from .weights import data_folder
+from .stored import DEFAULT_RECIPES, KEYS, stored
+from .wording import label, seeds
 
-KEYS = ["dataset", "network", "seed", "recipe"]
-"""Columns that tell the rows of a table apart."""
-
-
-DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
-"""The recipe of the networks that most figures show; others are asked for by name, so that none mixes two unawares."""
-
-
-def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
-    """Return stored results, such as ``stored("digits/delete_each")``.
-
-    Args:
-        name: dataset and quantity.
-        folder: that holds ``<dataset>/<quantity>.csv``; the project's ``data/results`` when None.
-        recipe: rows of networks trained by this recipe; by the ordinary one of the dataset when ``"default"``, by any
-            when None.
-
-    Raises:
-        FileNotFoundError: nothing is stored under this name; the message lists what is.
-    """
-    root = data_folder() / "results" if folder is None else Path(folder)
-    path = root / f"{name}.csv"
-    if not path.is_file():
-        there = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.csv"))
-        raise FileNotFoundError(f"no stored results {name!r}: there are {', '.join(there) or 'none'}")
-    table = pd.read_csv(path)
-    if recipe == "default":
-        recipe = DEFAULT_RECIPES.get(name.split("/")[0])
-    return table if recipe is None else table[table["recipe"] == recipe].reset_index(drop=True)
-
-
-def label(dataset: str, recipe: str = "default", folder: str | Path | None = None) -> str:
-    """Return what stored results of a dataset are about, such as ``"CIFAR-10 (JPEG-75 copy), recipe brief, seed 0"``.
-
-    Args:
-        dataset: ``"digits"`` or ``"cifar10"``.
-        recipe: of the networks; the ordinary one of the dataset when ``"default"``.
-        folder: as in `stored`.
-
-    Raises:
-        FileNotFoundError: nothing is stored for this dataset.
-    """
-    recipe = DEFAULT_RECIPES[dataset] if recipe == "default" else recipe
-    networks = stored(f"{dataset}/networks", folder, recipe=recipe)
-    root = data_folder() / "results" if folder is None else Path(folder)
-    record = json.loads((root / dataset / "provenance.json").read_text())
-    copies = {run["data"] for runs in record.values() for run in runs if "data" in run}
-    name = " and ".join(sorted(copies)) or dataset
-    return f"{name}, recipe {recipe}, {seeds(networks) if len(networks) else 'no network yet'}"
-
-
-def seeds(table: pd.DataFrame) -> str:
-    """Return how many training runs stand behind the rows of each network, such as ``"seed 0"`` or ``"1 to 3 seeds"``.
-
-    Args:
-        table: of one dataset, with the columns ``network``, ``recipe`` and ``seed``, not empty.
-    """
-    if table["seed"].nunique() == 1:
-        return f"seed {int(table['seed'].iloc[0])}"
-    counts = table.groupby(["network", "recipe"])["seed"].nunique()
-    low, high = counts.min(), counts.max()
-    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
+__all__ = ["DEFAULT_RECIPES", "KEYS", "commit", "hardware", "label", "seeds", "store", "stored"]
 
 
 def store(table: pd.DataFrame, path: str | Path, command: str, seconds: float, data: str | None = None) -> None:

@@ -22,32 +22,36 @@ def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[n
     Raises:
         ValueError: a count lies outside 0 to ``images``.
     """
-    from scipy.stats import binomtest  # imported when needed: scipy.stats takes a third of torch's own time
+    from scipy.special import ndtri  # imported when needed, as everywhere: scipy doubles the time of the import
 
     count = np.asarray(count)
-    if images < 1 or (count < 0).any() or (count > images).any():
+    if images < 1 or not ((count >= 0) & (count <= images)).all():
         raise ValueError(f"counts must lie between 0 and {images} images")
-    ends = [binomtest(int(c), images).proportion_ci(level, "wilson") for c in count.flat]
-    low, high = np.array(ends).reshape(*count.shape, 2).transpose(-1, *range(count.ndim))
-    return low, high
+    share, z = count / images, ndtri((1 + level) / 2)
+    middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z / (1 + z**2 / images) * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    return np.clip(middle - half, 0, share), np.clip(middle + half, share, 1)
 
 
 def error_difference(first: float, second: float, images: int, level: float = 0.95) -> tuple[float, float]:
     """Return the interval of ``second - first``, two errors on test images, as if they were independent.
 
-    Wald's interval, √(p(1 − p)/n + q(1 − q)/n) to either side in units of the normal quantile. Networks tested on the
-    same images err on the same hard ones, which makes it too wide rather than too narrow.
+    Newcombe's hybrid score interval (Statistics in Medicine 17, 1998, 873–890, method 10), made of the two Wilson
+    intervals, so that two errors of 0 leave room for a difference. Networks tested on the same images err on the same
+    hard ones, which makes it too wide rather than too narrow.
 
     Args:
         first: error of one network, as a fraction.
         second: error of the other.
         images: how many each was tested on.
         level: coverage.
-    """
-    from scipy.stats import norm
 
-    half = norm.ppf((1 + level) / 2) * np.sqrt((first * (1 - first) + second * (1 - second)) / images)
-    return second - first - half, second - first + half
+    Raises:
+        ValueError: an error lies outside 0 to 1.
+    """
+    (low, low_2), (high, high_2) = wilson(np.array([first, second]) * images, images, level)
+    below, above = np.hypot(second - low_2, high - first), np.hypot(high_2 - second, first - low)
+    return float(second - first - below), float(second - first + above)
 
 
 def paired_bootstrap(

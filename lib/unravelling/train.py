@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .chain import Chain, device_of, eval_mode
-from .data import Dataset, Split, write_atomically
-from .distributed import SyncedBatchNorm, first, gather, rank, share, total, world
+from .batches import IGNORED, Batches, device_of, eval_mode, iterate
+from .chain import Chain, check_positive
+from .data import Dataset, Split, checksum, write_atomically
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,20 @@ class Recipe:
         batch_size: images a step.
         lr: peak learning rate.
         schedule: ``"onecycle"``, up to ``lr`` over the first quarter and down to zero, both as a cosine; or
-            ``"steps"``, divided by 10 at each fraction in ``milestones``.
-        milestones: fractions of the run at which ``"steps"`` drops the rate.
+            ``"steps"``, divided by 10 at each fraction of the run in ``milestones``.
+        milestones: when ``"steps"`` drops the rate.
         warmup: iterations at a tenth of ``lr`` before ``"steps"`` begins (He et al., 2015, for 110 layers).
         momentum: of SGD.
-        nesterov: whether the momentum looks one step ahead (Nesterov), as in the recipe that Wilber published in 2016.
+        nesterov: whether the momentum looks one step ahead, as in the recipe that Wilber published in 2016.
         weight_decay: L2 penalty on all parameters.
         crop: pixels of random shift each way.
         flip: whether images are mirrored at random.
         survival: probability with which the last unit's branch takes part in a step, falling to it linearly from 1
-            (stochastic depth, Huang et al., 2016); all branches always do when None. A surviving branch is divided
-            by its probability in training, so that nothing is rescaled at test time; Huang et al. multiply then.
-        active: exactly how many branches take part in each step, chosen at random (Veit et al., 2016, section 5,
-            train on 23 of 54), each multiplied by units / active. Transition units count as the others.
+            (stochastic depth, Huang et al., 2016); all branches always do when None.
+        active: how many branches take part in each step, chosen at random among all units (Veit et al., 2016,
+            section 5, train on 23 of 54).
+        rescale: whether a branch that takes part is divided by its probability to do so. If not, branches must be
+            multiplied by it at test time, as Huang et al. do: `as_tested` does that.
         precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 autocast where the device computes in it.
     """
 
@@ -56,7 +57,7 @@ class Recipe:
     batch_size: int = 128
     lr: float = 0.1
     schedule: str = "onecycle"
-    milestones: tuple[float, ...] = field(default=())
+    milestones: tuple[float, ...] = ()
     warmup: int = 0
     momentum: float = 0.9
     nesterov: bool = False
@@ -65,20 +66,20 @@ class Recipe:
     flip: bool = False
     survival: float | None = None
     active: int | None = None
+    rescale: bool = True
     precision: str = "float32"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError(f"recipe {self.name!r} needs either epochs or iterations")
+        check_positive(epochs=self.epochs, iterations=self.iterations, batch_size=self.batch_size)
         if self.survival is not None and self.active is not None:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
         if self.survival is not None and not 0 < self.survival <= 1:
             raise ValueError(f"recipe {self.name!r}: survival {self.survival} is not a probability above 0")
         for key, allowed in {"schedule": ("onecycle", "steps"), "precision": ("float32", "bfloat16", "auto")}.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"recipe {self.name!r}: {key} {getattr(self, key)!r} is not one of {', '.join(allowed)}"
-                )
+            if (value := getattr(self, key)) not in allowed:
+                raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not one of {', '.join(allowed)}")
 
     def lr_at(self, step: int, total: int) -> float:
         """Return the learning rate of step ``step``, from 0, out of ``total``."""
@@ -92,28 +93,29 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe("digits", epochs=20, batch_size=64, lr=0.1, crop=1),
-    "digits-short-paths": Recipe("digits-short-paths", epochs=20, batch_size=64, lr=0.1, crop=1, active=23),
-    "digits-short-paths-long": Recipe("digits-short-paths-long", epochs=60, batch_size=64, lr=0.1, crop=1, active=23),
-    "digits-stochastic-depth": Recipe(
-        "digits-stochastic-depth", epochs=20, batch_size=64, lr=0.1, crop=1, survival=0.5
-    ),
-    "brief": Recipe("brief", epochs=4, batch_size=64, lr=0.1, weight_decay=5e-4, crop=4, flip=True),
-    "short": Recipe("short", epochs=20, lr=0.2, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
-    "paper": Recipe(
-        "paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True
-    ),
+    recipe.name: recipe
+    for recipe in (
+        Recipe("digits", epochs=20, batch_size=64, crop=1),
+        Recipe("brief", epochs=4, batch_size=64, weight_decay=5e-4, crop=4, flip=True),
+        Recipe("short", epochs=20, lr=0.2, nesterov=True, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
+        Recipe("paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True),
+    )
 }
 """Recipes by name.
 
-``digits``: half a minute a network, and variants that leave branches out. ``brief``: CIFAR-10 in 4 epochs,
-three quarters of an hour for ResNet-110 on one CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al.
-(2015)."""
-RECIPES |= {
-    f"{name}-{variant}": replace(RECIPES[name], name=f"{name}-{variant}", active=active, survival=survival)
-    for name in ("brief", "short", "paper")
-    for variant, active, survival in (("short-paths", 23, None), ("stochastic-depth", None, 0.5))
-}
+``digits``: half a minute a network. ``brief``: CIFAR-10 in 4 epochs, three quarters of an hour for ResNet-110 on one
+CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out:
+``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
+``-stochastic-depth``; ``digits-short-paths-long`` trains three times as long."""
+for _recipe in list(RECIPES.values()):
+    for _variant, _options in {
+        "short-paths": {"active": 23},
+        "short-paths-unscaled": {"active": 23, "rescale": False},
+        "stochastic-depth": {"survival": 0.5},
+    }.items():
+        _name = f"{_recipe.name}-{_variant}"
+        RECIPES[_name] = replace(_recipe, name=_name, **_options)
+RECIPES["digits-short-paths-long"] = replace(RECIPES["digits-short-paths"], name="digits-short-paths-long", epochs=60)
 
 
 def fit(
@@ -129,12 +131,9 @@ def fit(
 ) -> pd.DataFrame:
     """Train the chain in place and return its history.
 
-    A run that finds its checkpoint goes on from there, and ends with the same bits as one that was never interrupted
-    (on the same machine and with the same versions). Denormal numbers are flushed to zero from here on, in the whole
-    process: deep plain networks train many times slower with them on a CPU.
-
-    Within `unravelling.distributed.processes` each process works on a slice of every batch, and the run is that of one
-    process up to rounding, batch norm included. A run may go on with another number of processes.
+    A run that finds its checkpoint continues from there, and ends with the same bits as one that was never interrupted
+    (on the same machine and with the same versions). Denormal numbers are flushed to zero meanwhile: deep plain
+    networks train many times slower with them on a CPU.
 
     Args:
         chain: the network, on its device.
@@ -143,8 +142,7 @@ def fit(
         seed: of the order of the images and their augmentation.
         checkpoint: file to write after every epoch and to resume from.
         stop_after: epochs to run now at the most, to be resumed later.
-        on_epoch: called with the epoch, from 1, and the chain after every epoch, before the checkpoint is written; in
-            every process.
+        on_epoch: called with the epoch, from 1, and the chain after every epoch, before the checkpoint is written.
         progress: whether to show a bar, which leaves nothing behind.
 
     Returns:
@@ -152,89 +150,40 @@ def fit(
         ``validation_error``; errors as fractions, training ones averaged over the epoch's augmented batches.
 
     Raises:
-        ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; there are
-            fewer images than a batch needs, or more processes than a batch has images; or the processes disagree on
-            what to train.
-        OSError: the checkpoint could not be written, as on a full disk; the last one is still whole.
+        ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; or there are
+            fewer images than a batch needs.
+        OSError: the checkpoint could not be written, as on a full disk; the earlier one is kept.
     """
-    torch.set_flush_denormal(True)
-    device = device_of(chain)
-    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and _has_bfloat16(device))
-    chain.to(memory_format=torch.channels_last)
-    steps = len(data.train) // recipe.batch_size
+    size, images = recipe.batch_size, len(data.train)
+    steps = images // size
     if not steps:
-        raise ValueError(
-            f"a batch of {recipe.batch_size} images needs at least as many: this split has {len(data.train)}"
-        )
-    if recipe.batch_size < world():
-        raise ValueError(f"{world()} processes cannot share batches of {recipe.batch_size} images: start fewer")
+        raise ValueError(f"a batch of {size} images needs at least as many: this split has {images}")
     iterations = recipe.iterations or (recipe.epochs or 0) * steps
-    epochs = math.ceil(iterations / steps)
-    optimizer = torch.optim.SGD(
-        chain.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-    )
+    chain.to(memory_format=torch.channels_last)
+    options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
+    optimizer = torch.optim.SGD(chain.parameters(), **options)
     generator = torch.Generator().manual_seed(seed)
-    identity = {"recipe": asdict(recipe), "seed": seed, "network": describe(chain), "data": fingerprint(data.train)}
-    for number, other in enumerate(gather(identity)):
-        for key in (key for key in identity if other[key] != identity[key]):
-            raise ValueError(f"process {number} has another {key} than process {rank()}: start all of them alike")
-    history: list[dict] = []
+    identity = {"recipe": asdict(recipe), "seed": seed}
+    identity |= {"network": architecture_digest(chain), "data": fingerprint(data.train)}
+    history: list[dict[str, Any]] = []
     path = Path(checkpoint) if checkpoint is not None else None
-    state = first(partial(_read, path, identity)) if path is not None else None
-    if state is not None:
+    if path is not None and path.exists():
+        state = _read(path, identity)
         chain.load_state_dict(state["chain"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         history = state["history"]
-    network: nn.Module = _Thinned(chain, recipe, generator)
-    if world() > 1:
-        thin = recipe.survival is not None or recipe.active is not None
-        network = DistributedDataParallel(network, find_unused_parameters=thin)
-    last = epochs if stop_after is None else min(epochs, len(history) + stop_after)
-    label = f"training for {last} epochs"
-    synced = SyncedBatchNorm() if world() > 1 else nullcontext()
-    with tqdm(total=(last - len(history)) * steps, desc=label, leave=False, disable=not progress or rank() > 0) as bar:
+    last = math.ceil(iterations / steps)
+    last = last if stop_after is None else min(last, len(history) + stop_after)
+    bar = tqdm(
+        total=(last - len(history)) * steps, desc=f"training for {last} epochs", leave=False, disable=not progress
+    )
+    with bar, _denormals_flushed():
         for epoch in range(len(history), last):
-            chain.train()
-            loss_sum = torch.zeros((), device=device)
-            wrong = torch.zeros((), device=device)
-            seen, lr = 0, 0.0
-            batches = data.train.shuffled(
-                recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device
-            )
-            for step, (x, y) in enumerate(batches, start=epoch * steps):
-                if step >= iterations:
-                    break
-                lr = recipe.lr_at(step, iterations)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                seen += len(y)
-                x, y = (part.tensor_split(world())[rank()] for part in (x, y))
-                optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), synced:
-                    logits = network(x)
-                loss = cross_entropy(logits.float(), y)
-                (loss * (len(y) * world() / recipe.batch_size)).backward()  # slices differ in size, and DDP averages
-                optimizer.step()
-                loss_sum += loss.detach() * len(y)
-                wrong += (logits.argmax(1) != y).sum()
-                bar.update()
-            loss_sum, wrong = total(loss_sum), total(wrong)
-            validation = evaluate(chain, data.validation)
-            history.append(
-                {
-                    "epoch": epoch + 1,
-                    "lr": lr,
-                    "train_loss": loss_sum.item() / seen,
-                    "train_error": wrong.item() / seen,
-                    "validation_loss": validation["loss"],
-                    "validation_error": validation["error"],
-                }
-            )
+            row = _train_epoch(chain, data.train, recipe, optimizer, generator, epoch * steps, iterations, bar)
+            validation = evaluate(as_tested(chain, recipe), data.validation)
+            row |= {f"validation_{key}": validation[key] for key in ("loss", "error")}
+            history.append({"epoch": epoch + 1} | row)
             bar.set_postfix_str(f"validation error {100 * validation['error']:.1f} %")
             if on_epoch is not None:
                 on_epoch(epoch + 1, chain)
@@ -246,73 +195,134 @@ def fit(
                     "generator": generator.get_state(),
                     "history": history,
                 }
-                first(partial(write_atomically, path, partial(torch.save, state)))
+                write_atomically(path, partial(torch.save, state | {"checksum": checksum(state)}))
     chain.eval()
     return pd.DataFrame(history)
 
 
-class _Thinned(nn.Module):
-    """What one step trains, as the module that DistributedDataParallel asks for."""
+def _train_epoch(
+    chain: Chain,
+    split: Split,
+    recipe: Recipe,
+    optimizer: torch.optim.SGD,
+    generator: torch.Generator,
+    first_step: int,
+    iterations: int,
+    bar: tqdm,
+) -> dict[str, float]:
+    """Train for one epoch, or up to the last iteration, and return the row of the history."""
+    device = device_of(chain)
+    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and _has_bfloat16(device))
+    batches = split.shuffled(recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device)
+    loss_sum, wrong = torch.zeros((), device=device), torch.zeros((), device=device)
+    seen, lr = 0, 0.0
+    chain.train()
+    for step, (x, y) in enumerate(batches, start=first_step):
+        if step >= iterations:
+            break
+        lr = recipe.lr_at(step, iterations)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits = thinned(chain, recipe, generator)(x)
+        loss = cross_entropy(logits.float(), y)
+        loss.backward()
+        optimizer.step()
+        seen += len(y)
+        loss_sum += loss.detach() * len(y)
+        wrong += (logits.argmax(1) != y).sum()
+        bar.update()
+    return {"lr": lr, "train_loss": loss_sum.item() / seen, "train_error": wrong.item() / seen}
 
-    def __init__(self, chain: Chain, recipe: Recipe, generator: torch.Generator) -> None:
-        super().__init__()
-        self.chain, self.recipe, self.generator = chain, recipe, generator
 
-    def forward(self, x: Tensor) -> Tensor:
-        return thinned(self.chain, self.recipe, self.generator)(x)
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Flush denormal numbers to zero for the duration of a ``with`` block."""
+    before = (torch.tensor([1e-40]) * 1).item() == 0  # torch can set this, but not tell it
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
     """Return the part of a chain that one step trains: all of it, unless the recipe has ``survival`` or ``active``.
 
-    Args:
-        chain: the network that is trained; the result shares its parameters.
-        recipe: how branches are left out.
-        generator: of the choice.
+    The result shares the chain's parameters; the generator decides which branches are left out.
 
     Raises:
         ValueError: more active units than there are, or a plain unit, which has no skip to be left with.
     """
-    n = len(chain)
-    if recipe.survival is None and recipe.active is None:
+    probability = _probabilities(chain, recipe)
+    if probability is None:
         return chain
-    if not all(unit.residual for unit in chain.units):
-        raise ValueError(f"recipe {recipe.name!r} leaves branches out, but this network has units without a skip")
+    n = len(chain)
     if recipe.active is not None:
-        if not 1 <= recipe.active <= n:
-            raise ValueError(f"recipe {recipe.name!r} needs {recipe.active} active units: this chain has {n}")
         keep = torch.zeros(n, dtype=torch.bool)
         keep[torch.randperm(n, generator=generator)[: recipe.active]] = True
-        probability = torch.full((n,), recipe.active / n, dtype=torch.float64)
     else:
-        assert recipe.survival is not None
-        probability = 1 - torch.arange(1, n + 1, dtype=torch.float64) / n * (1 - recipe.survival)
         keep = torch.rand(n, generator=generator) < probability
-    kept = zip(chain.units, keep.tolist(), probability.tolist(), strict=True)
-    return chain.with_units(unit.scaled(1 / p) if k else unit.deleted() for unit, k, p in kept)
+    factor = 1 / probability if recipe.rescale else torch.ones(n)
+    kept = zip(chain.units, keep.tolist(), factor.tolist(), strict=True)
+    return chain.with_units((unit.scaled(f) if f != 1 else unit) if k else unit.deleted() for unit, k, f in kept)
 
 
-def evaluate(chain: nn.Module, data: Split | Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+def as_tested(chain: Chain, recipe: Recipe) -> Chain:
+    """Return a chain as it is to be tested after training with a recipe: its branches as large as they were on average.
+
+    That is the chain itself, unless the recipe left branches out without ``rescale``: then every branch is multiplied
+    by the probability with which it took part in a step (Huang et al., 2016, equation 5). Parameters are shared; errors
+    are those of `thinned`.
+    """
+    probability = _probabilities(chain, recipe)
+    if probability is None or recipe.rescale:
+        return chain
+    return chain.with_units(unit.scaled(p) for unit, p in zip(chain.units, probability.tolist(), strict=True))
+
+
+def _probabilities(chain: Chain, recipe: Recipe) -> Tensor | None:
+    """Return with which probability each branch takes part in a step, ``(n,)``; None where all of them always do."""
+    n = len(chain)
+    if recipe.survival is None and recipe.active is None:
+        return None
+    if not all(unit.residual for unit in chain.units):
+        raise ValueError(f"recipe {recipe.name!r} leaves branches out, but this network has units without a skip")
+    if recipe.survival is not None:
+        return 1 - torch.arange(1, n + 1, dtype=torch.float64) / n * (1 - recipe.survival)
+    assert recipe.active is not None
+    if not 1 <= recipe.active <= n:
+        raise ValueError(f"recipe {recipe.name!r} needs {recipe.active} active units: this chain has {n}")
+    return torch.full((n,), recipe.active / n, dtype=torch.float64)
+
+
+def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
     """Return ``error`` (a fraction), ``loss`` (mean cross-entropy, nats), ``wrong`` and ``images`` in eval mode.
 
-    Several processes share the images of a split; batches are evaluated by each of them.
+    Args:
+        chain: maps inputs to logits ``(B, K)``, or ``(B, T, K)``, where tokens count as images.
+        data: a split, or `Batches`; labels of -100 are left out.
+
+    Raises:
+        ValueError: there are no batches, or no labels in them.
     """
-    device = device_of(chain)
-    batches = share(data).batches(device=device) if isinstance(data, Split) else data
     wrong, loss, images = 0, 0.0, 0
-    with eval_mode(chain), torch.inference_mode():
-        for x, y in batches:
-            logits = chain(x.to(device))
-            wrong += int((logits.argmax(1).cpu() != y.cpu()).sum())
-            loss += float(cross_entropy(logits.double().cpu(), y.cpu(), reduction="sum"))
-            images += len(y)
-    if isinstance(data, Split):
-        wrong, loss, images = map(sum, zip(*gather((wrong, loss, images)), strict=True))
+    for x, y in iterate(chain, data):
+        with eval_mode(chain), torch.inference_mode():  # around the model alone: the iterator is the caller's
+            logits, labels = chain(x).cpu().double(), y.cpu()  # on the CPU, since a device may lack float64
+            counted = labels != IGNORED
+            logits, labels = logits[counted], labels[counted]
+            wrong += int((logits.argmax(-1) != labels).sum())
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+            images += len(labels)
+    if not images:
+        raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
     return {"error": wrong / images, "loss": loss / images, "wrong": wrong, "images": images}
 
 
-def describe(chain: nn.Module) -> str:
-    """Return a fingerprint of the network's architecture: names and shapes of its parameters and buffers."""
+def architecture_digest(chain: nn.Module) -> str:
+    """Return a short hash of a network's architecture: names and shapes of its parameters and buffers."""
     shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in chain.state_dict().items()]
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
 
@@ -324,13 +334,14 @@ def fingerprint(split: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(path: Path, identity: dict) -> dict | None:
-    """Return a checkpoint's content, or None where there is none."""
-    if not path.exists():
-        return None
+def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's content, or raise ValueError where it is damaged or belongs to another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.pop("checksum", None) not in (None, checksum(state)):  # None in checkpoints from before there were any
+            raise ValueError("its content does not match its checksum")
         stored = json.loads(state["identity"])
+        stored["recipe"] = json.loads(json.dumps(asdict(Recipe(**stored["recipe"]))))  # with fields that came later
     except Exception as error:  # torch raises many kinds for a truncated or foreign file
         raise ValueError(f"checkpoint {path} cannot be read ({error}): delete it to train from the start") from error
     for key, value in json.loads(json.dumps(identity)).items():

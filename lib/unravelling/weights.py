@@ -11,24 +11,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .chain import Chain
-from .data import write_atomically
+from .chain import Chain, Scale
+from .data import checksum, write_atomically
 from .nets import build
+from .stored import data_folder
 
 FORMAT = "unravelling/1"
 
 
-def data_folder() -> Path:
-    """Return the project's ``data`` folder: in the working directory, in one above it, or beside the library's source.
-
-    Raises:
-        FileNotFoundError: it is in none of these.
-    """
-    here = Path.cwd()
-    for folder in [here, *here.parents, Path(__file__).resolve().parents[2]]:
-        if (folder / "data" / "results").is_dir():
-            return folder / "data"
-    raise FileNotFoundError(f"no data/results in {here} or above it: run from a clone of the project, or pass a path")
+OWN = ("architecture", "checksum", "dtype", "format", "versions")
+"""Entries of a header that `save` writes itself."""
 
 
 def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -> Path:
@@ -41,23 +33,35 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
         header: what else to record, such as recipe, seed and errors; any JSON values.
 
     Raises:
-        ValueError: the chain was not made by `unravelling.nets`, or has deleted units.
+        ValueError: the chain was not made by `unravelling.nets`, or has deleted or scaled units; or ``header`` names
+            an entry that is written anyway.
+        OSError: the file could not be written; an earlier one is kept.
     """
-    if chain.config is None or any(unit.is_deleted for unit in chain.units):
+    if taken := sorted(header.keys() & set(OWN)):
+        raise ValueError(f"the header's entry {taken[0]!r} is written by save itself: choose another name")
+    changed = any(unit.is_deleted for unit in chain.units) or any(isinstance(part, Scale) for part in chain.modules())
+    if chain.config is None or changed:
         raise ValueError("only an intact network made by unravelling.nets can be rebuilt from a file: save that one")
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    header = {"format": FORMAT, "architecture": chain.config, "versions": versions} | header
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in chain.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in chain.state_dict().items()}
+    floating = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+    header |= {
+        "format": FORMAT,
+        "architecture": chain.config,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "dtype": str(floating).removeprefix("torch."),
+    }
     if half:
-        tensors = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+        state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in state.items()}
         header["half"] = True
+    header = json.loads(json.dumps(header))
+    header["checksum"] = checksum([header, state])
     path = Path(path)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"unravelling": json.dumps(header)}))
+    write_atomically(path, lambda temporary: save_file(state, temporary, {"unravelling": json.dumps(header)}))
     return path
 
 
 def header(name: str | Path) -> dict[str, Any]:
-    """Return the header of a weights file: architecture, versions, and what else `save` was given."""
+    """Return the header of a weights file: architecture, versions, checksum, and what else `save` was given."""
     return _read(_locate(name))[0]
 
 
@@ -69,15 +73,15 @@ def load(name: str | Path) -> Chain:
 
     Raises:
         FileNotFoundError: there is no such file; the message lists those that there are.
-        ValueError: the file is truncated, was not written by `save`, or does not fit its own architecture.
+        ValueError: the file is damaged, was not written by `save`, or does not fit its own architecture.
     """
     path = _locate(name)
     head, tensors = _read(path)
     try:
         config = dict(head["architecture"])
-        chain = build(config.pop("name"), **config)
+        chain = build(config.pop("name"), **config).to(getattr(torch, head.get("dtype", "float32")))
         chain.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the architecture in its header: {error}") from error
     return chain.to(memory_format=torch.channels_last).eval()
 
@@ -109,4 +113,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         head = None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by unravelling.save: its header lacks format {FORMAT!r}")
+    content = {key: value for key, value in head.items() if key != "checksum"}
+    if "checksum" in head and head["checksum"] != checksum([content, tensors]):  # older files have none
+        raise ValueError(f"{path} is damaged: its content does not match its checksum. Fetch it again")
     return head, tensors

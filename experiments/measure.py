@@ -1,0 +1,70 @@
+"""Measure one trained network in one way, or several trained networks together, and write one cell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from cells import checksum, parser, run, write
+from measurements import ENSEMBLE, TABLE
+from unravelling import load
+from unravelling.data import load_dataset
+from unravelling.train import RECIPES, as_tested
+from unravelling.weights import header
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit status."""
+    options = parser(__doc__)
+    options.add_argument("--what", required=True, choices=TABLE | ENSEMBLE, help="the measurement")
+    options.add_argument("--weights", required=True, nargs="+", type=Path, metavar="FILE", help="that train.py wrote")
+    options.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the results, .csv")
+    return run(measure, options.parse_args(arguments))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure the networks and write the results, unless they are there.
+
+    Raises:
+        ValueError: the measurement does not apply to the network, or the weights are another network's.
+        OSError: a file could not be read or written.
+    """
+    if options.out.suffix != ".csv":
+        raise ValueError(f"--out {options.out}: results are kept in a file that ends with .csv")
+    if options.out.exists():
+        print(f"{options.out}: done already")
+        return
+    together = options.what in ENSEMBLE
+    if len(options.weights) > 1 and not together:
+        raise ValueError(f"{options.what} takes one network: give --weights one file")
+    for path in options.weights:
+        found = header(path)
+        asked = {"dataset": options.dataset, "recipe": options.recipe} | ({} if together else {"seed": options.seed})
+        for name, value in asked.items():
+            if found.get(name) != value:
+                raise ValueError(f"{path} has {name} {found.get(name)}, not {value}: give its own weights")
+        if not together and found["architecture"]["name"] != options.network:
+            raise ValueError(f"{path} holds a {found['architecture']['name']}, not a {options.network}")
+    data, chains = load_dataset(options.dataset, options.data), [load(path) for path in options.weights]
+    chains = [as_tested(chain.to(options.device), RECIPES[options.recipe]) for chain in chains]
+    measurement = (TABLE | ENSEMBLE)[options.what]
+    if not all(map(measurement.applies, chains)):
+        raise ValueError(f"{options.what} does not apply to {options.network}: paths need skips, statistics batch norm")
+    test, words = measurement.images(chains[0], data)
+    start = time.perf_counter()
+    table = measurement.function(chains if together else chains[0], test, data, options.seed)
+    seconds = round(time.perf_counter() - start, 1)
+    about = {
+        "data": data.label,
+        "images": words + measurement.note,
+        "seconds": seconds,
+        "weights": " ".join(map(checksum, options.weights)),
+    }
+    write(table, options.out, options, about)
+    print(f"{options.network}-seed{options.seed}-{options.recipe}: {options.what}, {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

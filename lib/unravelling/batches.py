@@ -1,0 +1,131 @@
+"""What a batch may be, and how it reaches a network: device, type, labels and mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import Dataset, Split
+
+Batches = Iterable[Any]
+"""Batches of inputs, pairs ``(x, y)`` of inputs and labels, as a ``DataLoader`` gives them, or dicts with ``labels``.
+
+Inputs are normalised images ``(B, C, H, W)`` with labels ``(B,)``, or tokens ``(B, T)`` with labels ``(B, T)``, of
+which -100 are ignored; whatever the chain takes. A single batch will do.
+"""
+
+LABELS = ("labels", "label")
+"""Entries of a dict that are labels, not inputs."""
+
+IGNORED = -100
+"""The label of a token that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's parameters; the CPU where it has none."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def move(x: Any, module: nn.Module) -> Any:
+    """Bring the tensors in an input to a module's device, and floating ones to the type of its parameters.
+
+    Args:
+        x: a tensor or an array, or some in a dict, a list or a tuple, named or not. Other things stay as they are.
+        module: the network; without floating parameters, it leaves the type as it is.
+    """
+    if isinstance(x, Mapping):
+        return {name: move(value, module) for name, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        values = [move(value, module) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(x)
+    if not isinstance(x, Tensor):
+        return x
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+    x = x.to(dtype) if x.is_floating_point() else x  # first, since a device may lack the old type
+    return x.to(device_of(module))
+
+
+def inputs_and_labels(chain: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Return inputs and labels of a batch, on the chain's device.
+
+    Args:
+        chain: the network. Where its stem has ``shift_labels``, since it was made from a model for causal language
+            modelling, the labels in a dict are the tokens themselves and are shifted by one, as the model's own loss
+            does.
+        batch: a pair of inputs and labels, or a dict of inputs with ``labels`` or ``label``.
+
+    Raises:
+        ValueError: a dict has no labels, or something else is no pair.
+    """
+    if not isinstance(batch, Mapping):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+            raise ValueError(f"a batch is a {kind}: expected a pair of inputs and labels, or a dict with 'labels'")
+        return move(batch[0], chain), move(batch[1], chain)
+    name = next((name for name in LABELS if name in batch), None)
+    if name is None:
+        raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
+    y = move(batch[name], chain)
+    if getattr(getattr(chain, "stem", None), "shift_labels", False) and y.dim() == 2:
+        y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)
+    return inputs_of(chain, batch), y
+
+
+def inputs_of(chain: nn.Module, batch: Any) -> Any:
+    """Return the inputs alone, on the chain's device, of a batch that needs no labels; a tensor is taken for inputs."""
+    if isinstance(batch, Mapping):
+        return move({key: value for key, value in batch.items() if key not in LABELS}, chain)
+    return move(batch[0] if isinstance(batch, (tuple, list)) else batch, chain)
+
+
+def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> Iterator[tuple[Any, Any]]:
+    """Yield inputs and labels of every batch, on the chain's device and in its type.
+
+    Args:
+        chain: the network.
+        data: a split, which is cut into batches of 500; a loader or a list of batches; or one batch, that is a pair
+            (tuple or list) or a dict.
+        labels: whether batches must have labels; without, None stands for them, and inputs may come alone.
+
+    Raises:
+        TypeError: ``data`` is no source of batches, such as a `Dataset`.
+        ValueError: there is no batch, one is empty, or it lacks its labels.
+    """
+    array = (Tensor, np.ndarray)
+    if isinstance(data, Split):
+        data = data.batches(device=device_of(chain))
+    elif isinstance(data, (Mapping, *array)) or (
+        isinstance(data, (tuple, list)) and len(data) == 2 and any(isinstance(part, array) for part in data)
+    ):
+        data = [data]
+    if isinstance(data, Dataset) or not isinstance(data, Iterable):
+        instead = "one of its splits, such as data.test" if isinstance(data, Dataset) else "a split, or batches"
+        raise TypeError(f"a {type(data).__name__} holds no batches: pass {instead}")
+    empty = True
+    for batch in data:
+        x, y = inputs_and_labels(chain, batch) if labels else (inputs_of(chain, batch), None)
+        if any(isinstance(part, Tensor) and part.dim() and not len(part) for part in (x, y)):
+            raise ValueError("a batch holds no images: leave it out")
+        empty = False
+        yield x, y
+    if empty:
+        raise ValueError("there are no batches: an iterator can be used only once, so pass a list or a loader")
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode for the duration of a ``with`` block, then give each part its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,279 @@
+"""Turn somebody else's residual network into a `unravelling.chain.Chain` that shares its parameters.
+
+    chain = unravel(torchvision.models.resnet50(), images)
+    table = delete_each(chain, loader)
+
+A model's blocks are found in one of three ways.
+
+*By the graph.* The model is traced, by torch.fx or where that fails by torch.export, and the graph shows the additions
+that make it residual (`unravelling.tracing`).
+
+*By class.* Where no graph can be made of a block, say what its units are; `unravel` then finds the block anywhere::
+
+    @block_units.register
+    def _(block: MyBlock):
+        return [Unit(branch=nn.Sequential(block.norm, block.mlp))]
+
+*By hand.* ``units="layers.*"`` names the modules that are the blocks; ``branch`` says what each computes beside its
+skip, or the graph does.
+
+What comes before the first unit is the stem, what follows the last is the head, and what lies between two units belongs
+to one of them. A chain holds the model's own layers, so it shares their mode, too: ``chain.train()`` and
+``chain.eval()`` set that of the model. Layers in place (``ReLU(inplace=True)``) are replaced by copies that are not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import singledispatch
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .batches import move
+from .chain import Chain, Unit
+from .tracing.parts import Maker, Origin, make_parts
+from .tracing.reading import NotABlock, read
+from .tracing.trace import Unsupported, arguments, call, preserved, trace_by_export, trace_symbolically
+from .verify import gradients, refuse_unequal, verify
+
+Function = Callable[[Any, Tensor], Tensor]
+"""What a part of a block computes from the block and the state."""
+
+
+class Call(nn.Module):
+    """A part of a block that is a function: computes ``function(block, y)``, and holds the block's parameters."""
+
+    def __init__(self, block: nn.Module, function: Function) -> None:
+        super().__init__()
+        self.block, self.function = block, function
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map a state to what the function makes of it."""
+        return self.function(self.block, y)
+
+
+class Unravelled(Chain):
+    """A chain made by `unravel`, which can be compared with the model that it came from.
+
+    Attributes:
+        notes: reasons for which the chain's numbers may differ from the model's in the last bits.
+        traced_by: ``"torch.fx"`` or ``"torch.export"``.
+    """
+
+    def __init__(self, stem: nn.Module, units: Iterable[Unit], head: nn.Module, origin: Origin) -> None:
+        super().__init__(stem, units, head)
+        self._origin, self.notes, self.traced_by = origin, origin.notes, origin.traced_by
+
+    def verify(self, x: Any, *, tolerance: float | None = None) -> pd.DataFrame:
+        """Compare the chain with its model: logits, gradients, and every deletion with an edit of a copy of the model.
+
+        The edit replaces what the last module of a branch returns by zeros. Where no module computes the end of a
+        branch alone, there is none. Everything is compared in eval mode.
+
+        Args:
+            x: an input as the model takes it, a tensor, a tuple or a dict.
+            tolerance: the largest difference allowed, as a share of the largest number compared, which for gradients
+                is the largest of all parameters'; by the lowest precision in the model when None: 1e-10 in float64,
+                1e-4 in float32, 0.05 in half precision.
+
+        Returns:
+            One row a kind of comparison, with ``check``, how many were ``compared`` ``of`` how many there are, how many
+            are ``equal`` to the last bit, the largest ``difference`` (NaN where nothing was compared), ``tolerance``,
+            and ``reason``, why numbers are not equal, or not compared.
+
+        Raises:
+            ValueError: a difference exceeds the tolerance. The message names the first unit that fails.
+        """
+        return verify(self, self._origin, x, tolerance)
+
+
+@singledispatch
+def block_units(block: nn.Module) -> list[Unit]:
+    """Return the units of a block, which share its parameters; register the function for a class of your own.
+
+    Args:
+        block: a module that takes the state and returns the next one.
+
+    Returns:
+        The units, in order. An empty list for modules that are no block of a registered class.
+    """
+    return []
+
+
+def unravel(
+    model: nn.Module,
+    x: Any = None,
+    *,
+    units: str | Iterable[str] | None = None,
+    branch: str | Function | None = None,
+    skip: str | Function | None = None,
+    post: str | Function | None = None,
+) -> Unravelled:
+    """Return a model as a chain of units, which shares its parameters. The model stays as it is.
+
+    Args:
+        model: any network with one stream: a stem, residual blocks one after the other, and a head. In eval mode.
+        x: an example input: a tensor, a tuple of arguments, or a dict of keyword arguments. With it the chain's logits
+            and gradients are compared with the model's, and models that cannot be traced symbolically are traced by
+            running them. The chain takes inputs of the same kind, in batches of any size.
+        units: the modules that are the blocks, if they are not to be found: a pattern such as ``"layers.*"``, where
+            ``*`` stands for one part of a name, or a list of names.
+        branch: with ``units``, what a block computes beside its skip: a function of the block and the state, or the
+            name of an attribute. When None, the block's class or its graph tells.
+        skip: with ``branch``, the shortcut, likewise; the identity when None.
+        post: with ``branch``, what follows the sum, likewise; nothing when None.
+
+    Returns:
+        A chain with a method ``verify``.
+
+    Raises:
+        ValueError: no chain computes this model. The message says what was found and what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unravel takes a torch.nn.Module, not a {type(model).__name__}")
+    if isinstance(model, Chain):
+        raise ValueError("this model is a chain already")
+    if branch is None and (skip is not None or post is not None):
+        raise ValueError("skip and post say more about a branch: give branch, too")
+    if branch is not None and units is None:
+        raise ValueError('a branch belongs to named units: give units, too, such as units="layers.*"')
+    if any(module.training for module in model.modules()):
+        warnings.warn(
+            "the model is in training mode: it is read as it computes in eval mode. Call model.eval() first",
+            stacklevel=2,
+        )
+    x = move(x, model)
+    with preserved(model):
+        by_hand = None if units is None else _named(model, units)
+        if branch is not None:
+            makers: dict[str, Maker] = dict.fromkeys(by_hand or (), lambda block: [_unit(block, branch, skip, post)])
+        else:
+            makers = _registered(model, by_hand)
+        chain, remarks = _first_right_chain(model, x, makers, by_hand)
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=2)
+    return chain
+
+
+def _named(model: nn.Module, units: str | Iterable[str]) -> list[str]:
+    """Return the names of the modules that a pattern or a list names, in the model's order."""
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(units, str):
+        parts = (re.escape(part).replace(r"\*", "[^.]*").replace(r"\?", "[^.]") for part in units.split("."))
+        pattern = re.compile(r"\.".join(parts))
+        chosen = [name for name in names if pattern.fullmatch(name)]
+    else:
+        chosen = list(units)
+    missing = [name for name in chosen if name not in names]
+    if missing or not chosen:
+        what = f"no module is called {missing[0]!r}" if missing else f"units={units!r} names no module"
+        raise ValueError(f"{what}: this model's own are {', '.join(n for n, _ in model.named_children())}")
+    for a in chosen:
+        if inside := [b for b in chosen if b.startswith(f"{a}.")]:
+            raise ValueError(f"{inside[0]!r} lies within {a!r}: name one of them as a unit")
+    return chosen
+
+
+def _unit(block: nn.Module, *parts: str | Function | None) -> Unit:
+    """Return a unit of branch, skip and post, each an attribute's name or a function of the block and the state."""
+
+    def module(what: str | Function | None) -> nn.Module | None:
+        if not isinstance(what, str):
+            return None if what is None else Call(block, what)
+        part = getattr(block, what)
+        return part if isinstance(part, nn.Module) else Call(block, lambda b, y: getattr(b, what)(y))
+
+    return Unit(*map(module, parts))
+
+
+def _registered(model: nn.Module, only: Sequence[str] | None) -> dict[str, Maker]:
+    """Return the names of all blocks of a registered class, outermost first."""
+    found: dict[str, Maker] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in found)
+        if name and not inside and (only is None or name in only) and block_units(module):
+            found[name] = block_units
+    return found
+
+
+def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
+    """Return a model's logits, and remarks; refuse one that is called wrongly or is no function of its input."""
+    args, kwargs = arguments(x)
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(inspect.signature(model.forward).parameters)
+        raise Unsupported(
+            f"the forward of {type(model).__name__} takes several inputs ({names}): {error}. Give an example of them "
+            "all, as a tuple or as a dict"
+        ) from error
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        first = call(model, x)
+        changed = [name for name, b in model.named_buffers() if not torch.equal(b, before[name])]
+        second = call(model, x)
+    if not isinstance(first, Tensor):
+        raise Unsupported(f"the model returns a {type(first).__name__}, in which there is no tensor of logits")
+    if not torch.allclose(first, second, equal_nan=True):
+        why = f"each changes the buffer {changed[0]}" if changed else "it draws random numbers"
+        raise Unsupported(
+            f"two forward passes on the same input give different logits: {why}. A chain needs a forward pass in eval "
+            "mode that depends on nothing but its input"
+        )
+    return first, [f"a forward pass changes the buffer {n}, which the chain may leave as it is" for n in changed[:1]]
+
+
+def _first_right_chain(
+    model: nn.Module, x: Any, makers: dict[str, Maker], by_hand: Sequence[str] | None
+) -> tuple[Unravelled, list[str]]:
+    """Try the ways of tracing until one gives a chain that computes what the model does; return it, and remarks."""
+    logits, remarks = (None, []) if x is None else _outputs(model, x)
+    try:
+        expected = {} if x is None else gradients(model, model, x)
+    except RuntimeError:  # a model for inference alone has no gradients to compare
+        expected = {}
+    failures: list[str] = []
+    refusal: Unsupported | None = None
+    ways = ["torch.fx"] if x is None else ["torch.fx", "torch.export"]
+    while ways:
+        try:
+            if ways[0] == "torch.fx":
+                traced = trace_symbolically(model, x, map(model.get_submodule, makers))
+            else:
+                traced = trace_by_export(model, x)
+        except Unsupported as error:
+            refusal = refusal or error
+            del ways[0]
+            continue
+        except Exception as error:
+            failures.append(f"{ways[0]}: {next(iter(str(error).strip().splitlines()), repr(error))}")
+            del ways[0]
+            continue
+        try:
+            reading, stretches, found = read(model, traced, makers, by_hand)
+            *modules, origin = make_parts(model, x, reading, stretches, makers)
+            chain = Unravelled(*modules, origin)
+            if logits is not None:
+                refuse_unequal(chain, origin, x, logits, expected)
+            return chain, remarks + found
+        except NotABlock as error:
+            name = error.args[0]
+            makers = {other: maker for other, maker in makers.items() if other != name}
+            remarks.append(f"{name} is called with more than its state: its graph tells its units, not its class")
+        except Unsupported as error:
+            refusal = refusal or error
+            del ways[0]
+    if refusal is not None:
+        raise refusal
+    hint = "" if x is not None else " Give an example input: unravel(model, x)."
+    raise Unsupported(
+        f"{type(model).__name__} cannot be traced: its control flow depends on the data, or it leaves PyTorch "
+        f"({'; '.join(failures)}).{hint} If that happens within its blocks, register their class with block_units: "
+        "they are not looked into then. Otherwise write a wrapper whose forward calls stem, blocks and head in turn"
+    )

@@ -1,0 +1,103 @@
+"""The project's stored results: tidy tables that `experiments/` measured, and the record of how. Only read here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+KEYS = ["dataset", "network", "seed", "recipe"]
+"""Columns that tell the rows of a table apart."""
+
+DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
+"""The recipe of the networks that most figures show; others are asked for by name, so that none mixes two unawares."""
+
+
+def data_folder() -> Path:
+    """Return the project's ``data`` folder: in the working directory, in one above it, or beside the library's source.
+
+    Raises:
+        FileNotFoundError: it is in none of these.
+    """
+    here = Path.cwd()
+    for folder in [here, *here.parents, Path(__file__).resolve().parents[2]]:
+        if (folder / "data" / "results").is_dir():
+            return folder / "data"
+    raise FileNotFoundError(f"no data/results in {here} or above it: run from a clone of the project, or pass a path")
+
+
+def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
+    """Return stored results, such as ``stored("digits/delete_each")``.
+
+    Args:
+        name: data set and quantity.
+        folder: that holds ``<dataset>/<quantity>.csv``; the project's ``data/results`` when None.
+        recipe: rows of networks trained by this recipe; by the ordinary one of the data set when ``"default"``, by any
+            when None.
+
+    Raises:
+        FileNotFoundError: nothing is stored under this name; the message lists what is.
+    """
+    root = _results(folder)
+    path = root / f"{name}.csv"
+    if not path.is_file():
+        there = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.csv"))
+        raise FileNotFoundError(f"no stored results {name!r}: there are {', '.join(there) or 'none'}")
+    table = pd.read_csv(path)
+    recipe = DEFAULT_RECIPES.get(name.split("/")[0]) if recipe == "default" else recipe
+    return table if recipe is None else table[table["recipe"] == recipe].reset_index(drop=True)
+
+
+def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[str, pd.DataFrame]:
+    """Return stored results on the digits and on CIFAR-10, in this order; what is not stored has no rows.
+
+    Args:
+        quantity: such as ``"delete_each"``.
+        networks: whose rows are wanted, all when none is named.
+        recipe: as `stored` takes it.
+    """
+    tables = {}
+    for dataset in DEFAULT_RECIPES:
+        try:
+            table = stored(f"{dataset}/{quantity}", recipe=recipe)
+        except FileNotFoundError:
+            table = pd.DataFrame(columns=KEYS)
+        there = set(table["network"])
+        names = [name if name in there else f"{name}-narrow" for name in networks]  # measured before the full one
+        tables[dataset] = table[table["network"].isin(names)] if networks else table
+    return tables
+
+
+def intact_error(table: pd.DataFrame) -> float:
+    """Return the mean error, as a fraction, of a lesion table's networks before any lesion."""
+    return (table["error"] - table["delta_error"]).mean()
+
+
+def data_label(dataset: str, folder: str | Path | None = None, *, recipe: str | None = None) -> str:
+    """Return which copy of the images results were measured on, such as ``"CIFAR-10 (JPEG-75 copy)"``.
+
+    Args:
+        dataset: ``"digits"`` or ``"cifar10"``.
+        folder: as in `stored`; the record is ``<dataset>/provenance.json`` in it.
+        recipe: only of networks trained by this recipe; of all when None or when the record does not tell.
+    """
+    path = _results(folder) / dataset / "provenance.json"
+    runs = list(_runs(json.loads(path.read_text(encoding="utf-8")))) if path.is_file() else []
+    ours = [run for run in runs if f'-{recipe}"' in json.dumps(run)]  # rows are called <network>-seed<seed>-<recipe>
+    return " and ".join(sorted({run["data"] for run in ours or runs})) or {"cifar10": "CIFAR-10"}.get(dataset, dataset)
+
+
+def _results(folder: str | Path | None) -> Path:
+    return data_folder() / "results" if folder is None else Path(folder)
+
+
+def _runs(record: Any) -> Iterator[dict[str, Any]]:
+    """Yield every entry that names its images, however deep it lies."""
+    if isinstance(record, dict) and "data" in record:
+        yield record
+    elif isinstance(record, dict | list):
+        for entry in record.values() if isinstance(record, dict) else record:
+            yield from _runs(entry)

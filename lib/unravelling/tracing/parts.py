@@ -1,0 +1,345 @@
+"""Make the modules of a chain out of the stretches of a traced model. They share the model's parameters and layers.
+
+Values that the units need besides the stream, such as an attention mask or position numbers, do not descend from the
+stream: the stem computes them and leaves them in a `Context` for the units.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from ..chain import NoSkip, Unit
+from .reading import Reading, Stretch, Terms
+from .trace import Traced, Unsupported, arguments
+
+Maker = Callable[[nn.Module], Sequence[Unit]]
+"""Returns the units of a block."""
+
+
+class Context:
+    """What the stem leaves for the units and the head besides y_0: filled anew whenever the stem is called."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.values:
+            raise RuntimeError(
+                f"this part needs {name!r} from the stem: call the whole chain, or its stem, on the input first"
+            )
+        return self.values[name]
+
+
+class Code(fx.GraphModule):
+    """Operations as a module that follows ``.to()``: types and devices named in it change with its parameters."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Code:
+        def follow(value: Any) -> Any:
+            if isinstance(value, torch.dtype) and value.is_floating_point:
+                return fn(torch.empty(0, dtype=value)).dtype
+            return fn(torch.empty(0, device=value)).device if isinstance(value, torch.device) else value
+
+        super()._apply(fn, recurse)
+        for node in self.graph.nodes:
+            node.args, node.kwargs = map_aggregate(node.args, follow), map_aggregate(node.kwargs, follow)
+        self.recompile()
+        return self
+
+
+class Part(nn.Module):
+    """A skip, a branch, a post or a head that reads values from the context."""
+
+    def __init__(self, code: Code, context: Context, names: Iterable[str]) -> None:
+        super().__init__()
+        self.code, self.context, self.names = code, context, tuple(names)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map a state to what the part computes from it."""
+        return self.code(y, *(self.context[name] for name in self.names))
+
+
+class Stem(nn.Module):
+    """The stem of a model with several inputs, or whose units read a context: takes a tensor, a tuple or a dict.
+
+    Args:
+        code: computes y_0 and the context's values from the inputs.
+        inputs: names of the inputs.
+        used: those that the code takes.
+        context: where the values go.
+        names: of the values.
+        sizes: of inputs, as far as the code takes them for constants: it would compute something else at others.
+        shift_labels: whether the labels in a dict are the tokens themselves, to be compared with the logits before
+            them.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        inputs: Iterable[str],
+        used: Iterable[str],
+        context: Context,
+        names: Iterable[str],
+        sizes: Mapping[str, tuple[int | None, ...]],
+        shift_labels: bool,
+    ) -> None:
+        super().__init__()
+        self.code, self.context, self.sizes = code, context, dict(sizes)
+        self.inputs, self.used, self.names = tuple(inputs), tuple(used), tuple(names)
+        self.shift_labels = shift_labels
+
+    def forward(self, x: Any) -> Tensor:
+        """Map an input, as the model takes it, to y_0."""
+        args, kwargs = arguments(x)
+        given = dict(zip(self.inputs, args, strict=False)) | kwargs
+        wrong = sorted(set(given) ^ set(self.inputs))
+        if wrong or len(args) > len(self.inputs):
+            raise ValueError(
+                f"this chain was made from an input with {', '.join(self.inputs)}, and this one differs in "
+                f"{', '.join(wrong) or 'their number'}: unravel the model with an example of such inputs"
+            )
+        for name, sizes in self.sizes.items():
+            found = tuple(given[name].shape)
+            if len(found) != len(sizes) or any(s not in (None, f) for s, f in zip(sizes, found, strict=True)):
+                traced = ", ".join("any" if size is None else str(size) for size in sizes)
+                raise ValueError(
+                    f"{name} has size {found}, and torch.export traced this chain for ({traced}): unravel the model "
+                    "with an example of the new size"
+                )
+        result = self.code(*(given[name] for name in self.used))
+        y, *values = result if isinstance(result, tuple) else (result,)
+        self.context.values = dict(zip(self.names, values, strict=True))
+        return y
+
+
+@dataclass
+class Origin:
+    """Where a chain comes from. It is not copied with the chain.
+
+    Attributes:
+        model: the model.
+        traced_by: ``"torch.fx"`` or ``"torch.export"``.
+        notes: reasons for which the chain's numbers may differ from the model's in the last bits.
+        outputs: for each unit the module, and which of its calls, that returns the next state.
+        zeros: for each unit the modules, and their calls, whose zeros delete the branch; none if there are no such.
+    """
+
+    model: nn.Module
+    traced_by: str
+    notes: list[str] = field(default_factory=list)
+    outputs: list[tuple[str, int] | None] = field(default_factory=list)
+    zeros: list[list[tuple[str, int]]] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict) -> Origin:
+        return self
+
+
+def make_parts(
+    model: nn.Module, x: Any, reading: Reading, stretches: Sequence[Stretch], makers: Mapping[str, Maker]
+) -> tuple[nn.Module, list[Unit], nn.Module, Origin]:
+    """Make units of the stretches, then the head, and last the stem, which has to serve them all.
+
+    Args:
+        model: the model.
+        x: the example, which tells the shapes of the states; None if there is none.
+        reading: of its graph.
+        stretches: the stretches, in order.
+        makers: for the names of blocks whose units are known, what makes them.
+
+    Returns:
+        Stem, units and head in eval mode, and their origin.
+
+    Raises:
+        Unsupported: a later unit needs what an earlier one computes, besides its state.
+    """
+    builder = _Builder(reading)
+    origin = Origin(model, reading.traced.by)
+    names = {id(module): name for name, module in model.named_modules()}
+    units: list[Unit] = []
+    for stretch in stretches:
+        if stretch.block:
+            made = builder.block_units(stretch, makers[stretch.block](model.get_submodule(stretch.block)))
+            call = int(stretch.owner.partition("@")[2] or 0)
+            origin.zeros += [[(end, call)] if (end := _last_module(unit, names)) else [] for unit in made]
+        else:
+            made = [builder.unit(stretch)]
+            origin.zeros.append(stretch.zeros)
+            if not stretch.exact:
+                origin.notes.append(
+                    f"{stretch.name}: its sum is computed in another order, or with its factors in the branch"
+                )
+        units += made
+        origin.outputs += [None] * (len(made) - 1) + [stretch.output]
+    output, first = reading.traced.output, stretches[0].state
+    head = builder.part([(output, 1.0)], stretches[-1].post) or nn.Identity()
+    late = [node for node in builder.carried if reading.latest[node] > reading.order[first]]
+    if late:
+        raise Unsupported(
+            f"skips cross: {late[0].name} is computed from the state of one unit and used by a later one, which no "
+            "chain of units does"
+        )
+    several = len(reading.traced.inputs) > 1 or (x is not None and not isinstance(x, Tensor))
+    stem = builder.stem(first, several, _shifts_labels(model))
+    for module in [*stem.modules(), *head.modules(), *(part for unit in units for part in unit.modules())]:
+        if id(module) not in names:
+            module.training = False
+    _number(units, stem, x)
+    return stem, units, head, origin
+
+
+def _last_module(unit: Unit, names: Mapping[int, str]) -> str | None:
+    """Return the name of the model's module that returns a unit's whole branch, or None."""
+    last = unit.branch
+    while isinstance(last, nn.Sequential) and len(last) and id(last) not in names:
+        last = last[-1]
+    return names.get(id(last)) if unit.residual else None
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether a model, or the Hugging Face model in a wrapper, compares each token with the logits before it."""
+    for module in model.modules():
+        bases = [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models.")]
+        if bases:
+            causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in bases)
+            return causal or getattr(module, "loss_type", None) == "ForCausalLM"
+    return False
+
+
+def _number(units: Sequence[Unit], stem: nn.Module, x: Any) -> None:
+    """Make names unique, measure which units change the shape of the state, and begin a stage at each of these."""
+    seen: dict[str, int] = {}
+    with torch.no_grad():
+        y = None if x is None else stem(x)
+        for i, unit in enumerate(units):
+            seen[unit.name] = seen.get(unit.name, 0) + 1
+            if seen[unit.name] > 1:
+                unit.name = f"{unit.name}#{seen[unit.name]}"
+            if y is not None:
+                before, y = y.shape, unit(y)
+                unit.is_transition = y.shape != before
+                if unit.is_transition and not unit.residual and isinstance(unit.skip, nn.Identity):
+                    unit.skip = NoSkip(unit.name)
+            unit.stage = units[i - 1].stage + unit.is_transition if i else 1
+
+
+class _Builder:
+    """Makes modules of nodes, and keeps account of what the stem has to carry for them."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading: Reading = reading
+        self.traced: Traced = reading.traced
+        self.context = Context()
+        self.carried: dict[fx.Node, None] = {}  # an ordered set
+
+    def unit(self, stretch: Stretch) -> Unit:
+        """Return the unit of a residual sum, or a plain one."""
+        residual = bool(stretch.branch)
+        skip = self.part(stretch.skip or [(stretch.start, 1.0)], stretch.state)
+        branch = self.part(stretch.branch or [(stretch.end, 1.0)], stretch.state)
+        post = self.part([(stretch.post, 1.0)], stretch.end)
+        return Unit(branch, skip, post, residual=residual, name=stretch.name)
+
+    def block_units(self, stretch: Stretch, units: Sequence[Unit]) -> list[Unit]:
+        """Name the units that were made of a block, and add what prepares them and what follows."""
+        for i, unit in enumerate(units):
+            own = unit.name or (str(i) if len(units) > 1 else "")
+            unit.name = f"{stretch.name}.{own}" if own else stretch.name
+        before = self.part([(stretch.start, 1.0)], stretch.state)
+        after = self.part([(stretch.post, 1.0)], stretch.end)
+        first, last = units[0], units[-1]
+        if before is not None:
+            first.branch, first.skip = _sequence(before, first.branch), _sequence(before, first.skip)
+        if after is not None:
+            last.post = _sequence(last.post, after)
+        return list(units)
+
+    def part(self, terms: Terms, start: fx.Node) -> nn.Module | None:
+        """Return a module that computes a sum of terms from the value at the cut ``start``; None for the identity."""
+        if terms == [(start, 1.0)]:
+            return None
+        order, outside = self._slice([node for node, _ in terms], start)
+        modules = self._modules(order, terms, start)
+        if modules:
+            return _sequence(*modules)
+        graph = fx.Graph()
+        copies = {start: graph.placeholder("y")}
+        copies |= {node: graph.placeholder(f"context_{node.name}") for node in outside}
+        self.carried.update(dict.fromkeys(outside))
+        _copy(graph, order, copies)
+        total: fx.Node | None = None
+        for node, factor in terms:
+            value = copies[node]
+            if factor == -1:
+                value = graph.call_function(torch.neg, (value,))
+            elif factor != 1:
+                value = graph.call_function(operator.mul, (value, factor))
+            total = value if total is None else graph.call_function(operator.add, (total, value))
+        graph.output(total)
+        code = self._code(graph)
+        return Part(code, self.context, [node.name for node in outside]) if outside else code
+
+    def stem(self, state: fx.Node, several: bool, shift_labels: bool) -> nn.Module:
+        """Return the module that computes y_0, and all that the parts made so far carry in the context."""
+        inputs = self.traced.inputs
+        if not self.carried and not several and not self.traced.sizes:
+            return self.part([(state, 1.0)], self.reading.source) or nn.Identity()
+        order, _ = self._slice([state, *self.carried], None)
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(name) for node, name in inputs.items() if node in order}
+        used = [inputs[node] for node in copies]
+        _copy(graph, [node for node in order if node not in copies], copies)
+        carried = tuple(copies[node] for node in self.carried)
+        graph.output((copies[state], *carried) if carried else copies[state])
+        values = [node.name for node in self.carried]
+        code = self._code(graph)
+        return Stem(code, inputs.values(), used, self.context, values, self.traced.sizes, shift_labels)
+
+    def _slice(self, ends: Iterable[fx.Node], start: fx.Node | None) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Return the nodes to compute ``ends`` from ``start``, in order, and those that have to come from outside."""
+        reading = self.reading
+        first = -1 if start is None else reading.order[start]
+        inside: set[fx.Node] = set()
+        outside: set[fx.Node] = set()
+        todo = list(ends)
+        while todo:
+            node = todo.pop()
+            if node is start or node in inside or node in outside:
+                continue
+            here = start is None or reading.constant[node] or reading.latest[node] >= first
+            if not here or (node.op == "placeholder" and start is not None):
+                outside.add(node)
+            else:
+                inside.add(node)
+                todo.extend(node.all_input_nodes)
+        position = reading.order.__getitem__
+        return sorted(inside, key=position), sorted(outside, key=position)
+
+    def _modules(self, order: Sequence[fx.Node], terms: Terms, start: fx.Node) -> list[nn.Module]:
+        """Return the modules that are called one after the other, if that is all that happens."""
+        previous = start
+        for node in order:
+            if node.op != "call_module" or node.args != (previous,) or node.kwargs:
+                return []
+            previous = node
+        return [self.traced.get(node.target) for node in order] if terms == [(previous, 1.0)] else []
+
+    def _code(self, graph: fx.Graph) -> Code:
+        named = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+        return Code({target: self.traced.get(target) for target in named}, graph)
+
+
+def _copy(graph: fx.Graph, order: Iterable[fx.Node], copies: dict[fx.Node, fx.Node]) -> None:
+    for node in order:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = {}
+
+
+def _sequence(*parts: nn.Module | None) -> nn.Module:
+    modules = [part for part in parts if part is not None and not isinstance(part, nn.Identity)]
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules) if modules else nn.Identity()

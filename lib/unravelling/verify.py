@@ -1,0 +1,205 @@
+"""Compare a chain with the model that it was made from: logits, gradients and deletions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .batches import eval_mode, move
+from .chain import Chain
+from .tracing.parts import Origin
+from .tracing.trace import Unsupported, arguments, call, preserved
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""The largest difference allowed, as a share of the largest number compared; 0.05 for half precision."""
+
+Gradients = dict[tuple[str, str], Tensor | None]
+"""Gradients by the kind of tensor, ``"input"`` or ``"parameters"``, and its name."""
+
+
+def tolerance_of(model: nn.Module, numbers: Tensor) -> float:
+    """Return the tolerance for numbers that a model computes: that of the lowest precision in it."""
+    types = {t.dtype for t in [numbers, *model.parameters()] if t.is_floating_point()}
+    return max(TOLERANCE.get(dtype, 0.05) for dtype in types)
+
+
+def difference(found: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """Return the largest difference of two tensors, as a share of ``scale``, or of the largest number expected."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if torch.equal(found, expected):
+        return 0.0
+    found, expected = found.double(), expected.double()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    gap = torch.where(same, 0.0, (found - expected).abs()).max().item()
+    scale = _largest([expected]) if scale is None else scale
+    return gap / scale if scale else (float("inf") if gap else 0.0)
+
+
+def _largest(tensors: Iterable[Tensor | None]) -> float:
+    return max([t[t.isfinite()].abs().max().item() for t in tensors if t is not None and t.isfinite().any()], default=0)
+
+
+def gradients(module: nn.Module, model: nn.Module, x: Any) -> Gradients:
+    """Return the gradients of a random combination of the logits at the input and at the model's parameters.
+
+    Args:
+        module: what computes the logits, the model itself or a chain that shares its parameters.
+        model: the model.
+        x: an input as the model takes it.
+    """
+    args, kwargs = arguments(x)
+    tensors = {("input", str(k)): t for k, t in [*enumerate(args), *kwargs.items()] if isinstance(t, Tensor)}
+    leaves = {k: t.detach().clone().requires_grad_() for k, t in tensors.items() if t.is_floating_point()}
+
+    def given(key: Any, t: Any) -> Any:
+        return leaves["input", str(key)].clone() if ("input", str(key)) in leaves else t
+
+    args = tuple(given(i, t) for i, t in enumerate(args))
+    kwargs = {name: given(name, t) for name, t in kwargs.items()}
+    example = kwargs if isinstance(x, Mapping) else args if isinstance(x, (tuple, list)) else args[0]
+    leaves |= {("parameters", name): p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        logits = call(module, example) if module is model else module(example)
+    if not logits.requires_grad or not leaves:
+        return {}
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = (logits * weights.to(logits)).sum()
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
+
+
+def compared_gradients(found: Gradients, expected: Gradients) -> Iterable[tuple[str, str, Tensor, Tensor, float]]:
+    """Yield kind, name, both gradients, and their difference as a share of the largest gradient of that kind.
+
+    A missing gradient counts as zeros.
+    """
+    scales = {kind: _largest(g for (k, _), g in expected.items() if k == kind) for kind, _ in expected}
+    for (kind, name), theirs in expected.items():
+        ours = found.get((kind, name))
+        some = ours if theirs is None else theirs
+        if some is not None:
+            ours, theirs = (torch.zeros_like(some) if g is None else g for g in (ours, theirs))
+            yield kind, name, ours, theirs, difference(ours, theirs, scales[kind])
+
+
+def refuse_unequal(chain: Chain, origin: Origin, x: Any, logits: Tensor, expected: Gradients) -> None:
+    """Raise Unsupported where a new chain computes other logits or gradients than its model."""
+    allowed = tolerance_of(origin.model, logits)
+    with torch.no_grad():
+        if difference(chain(x), logits) > allowed:
+            raise Unsupported(first_difference(chain, origin, x))
+    for kind, name, _, _, gap in compared_gradients(gradients(chain, origin.model, x) if expected else {}, expected):
+        if gap > allowed:
+            raise Unsupported(
+                f"the chain computes what the model does, but its gradient at the {kind} {name} differs by {gap:.2g} "
+                "of the largest: tracing loses a backward pass of one's own, and regions under torch.no_grad(). "
+                "Register the class of the block that holds one with block_units: it is not looked into then"
+            )
+
+
+def _calls(model: nn.Module, x: Any, names: Iterable[str], zero: Iterable[tuple[str, int]] = ()) -> tuple[Any, dict]:
+    """Run a model with hooks, gone afterwards; return logits, and what the named modules returned each time."""
+    outputs: dict[str, list[Any]] = {name: [] for name in names}
+    zeros = set(zero)
+
+    def hook(name: str) -> Callable[..., Any]:
+        def catch(module: nn.Module, args: Any, output: Any) -> Any:
+            number = len(outputs[name])
+            several = isinstance(output, (tuple, list))
+            value = output[0] if several else output
+            outputs[name].append(value.detach().clone() if isinstance(value, Tensor) else value)
+            if (name, number) not in zeros:
+                return None
+            return type(output)((torch.zeros_like(value), *output[1:])) if several else torch.zeros_like(value)
+
+        return catch
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in outputs]
+    try:
+        with torch.no_grad():
+            return call(model, x), outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_difference(chain: Chain, origin: Origin, x: Any) -> str:
+    """Return a sentence that names the first unit after which the chain's state is not the model's."""
+    with preserved(origin.model), torch.no_grad():
+        _, outputs = _calls(origin.model, x, {end[0] for end in origin.outputs if end is not None})
+        states = chain.trace(x)
+        last, since = "the stem", 0
+        for i, (unit, end) in enumerate(zip(chain.units, origin.outputs, strict=True)):
+            if end is None or len(outputs[end[0]]) <= end[1]:
+                continue
+            expected = outputs[end[0]][end[1]]
+            gap, allowed = difference(states[i + 1], expected), tolerance_of(origin.model, expected)
+            if gap > allowed:
+                names = " to ".join(dict.fromkeys((chain.units[since].name, unit.name)))
+                where = f"unit {i} ({names})" if since == i else f"units {since} to {i} ({names})"
+                whole = unit.branch is not None and unit.residual
+                swallowed = whole and difference(unit.branch(states[i]), expected) < allowed
+                hint = ": its branch returns what the whole block does, so it contains the stream already"
+                return (
+                    f"the chain differs from the model first at {where}, by {gap:.2g} of the largest number after "
+                    f"{last}{hint if swallowed else ''}. Say by hand what the block computes: units=…, branch=…"
+                )
+            last, since = f"unit {i} ({unit.name})", i + 1
+    return f"the chain differs from the model after {last}, where no module's output can be compared"
+
+
+def verify(chain: Chain, origin: Origin, x: Any, tolerance: float | None = None) -> pd.DataFrame:
+    """Compare a chain with the model it came from.
+
+    Args:
+        chain: the chain.
+        origin: where it comes from.
+        x: an input as the model takes it.
+        tolerance: the largest difference allowed, as a share of the largest number compared; by the lowest precision
+            of the model's parameters and logits when None.
+
+    Returns:
+        One row a kind of comparison: see `unravelling.from_model.Unravelled.verify`.
+
+    Raises:
+        ValueError: a difference exceeds the tolerance.
+    """
+    model = origin.model
+    x = move(x, model)
+    rows: list[tuple[str, bool, float]] = []
+    with preserved(model), eval_mode(chain):
+        expected, outputs = _calls(model, x, {name for ends in origin.zeros for name, _ in ends})
+        allowed = tolerance_of(model, expected) if tolerance is None else tolerance
+
+        def note(check: str, found: Tensor, expected: Tensor, gap: float, where: str) -> None:
+            rows.append((check, torch.equal(found, expected), gap))
+            if gap > allowed:
+                message = f"{check} {where} differs from the model's by {gap:.2g} of the largest number"
+                raise ValueError(f"{message} ({allowed:g} is allowed)" if where else first_difference(chain, origin, x))
+
+        with torch.no_grad():
+            logits = chain(x)
+        note("logits", logits, expected, difference(logits, expected), "")
+        ours, theirs = gradients(chain, model, x), gradients(model, model, x)
+        for kind, name, *both, gap in compared_gradients(ours, theirs):
+            note(f"gradient at the {kind}", *both, gap, f"{name}")
+        for i, ends in enumerate(origin.zeros):
+            if ends and all(len(outputs[name]) > number for name, number in ends):
+                with torch.no_grad():
+                    found = chain.without(i)(x)
+                edited, _ = _calls(model, x, {name for name, _ in ends}, ends)
+                note("deletion", found, edited, difference(found, edited), f"of unit {i} ({chain.units[i].name})")
+    groups = pd.DataFrame(rows, columns=["check", "equal", "difference"]).groupby("check", sort=False)
+    table = groups.agg(compared=("equal", "size"), equal=("equal", "sum"), difference=("difference", "max"))
+    if "deletion" not in table.index:
+        table.loc["deletion"] = [0, 0, float("nan")]
+    table = table.astype({"compared": int, "equal": int})
+    table.insert(1, "of", [len(chain) if check == "deletion" else n for check, n in table.compared.items()])
+    why = "; ".join(origin.notes) or "the same operations in another order, or by other kernels"
+    nothing = "no module of the model returns the end of a branch alone, so that there is no edit to compare with"
+    reasons = [why if row.equal < row.compared else "" if row.compared else nothing for row in table.itertuples()]
+    return table.assign(tolerance=allowed, reason=reasons).reset_index()

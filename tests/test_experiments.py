@@ -1,0 +1,534 @@
+"""The long runs: training that resumes, cells, the collector that touches nothing else, and Snakemake being killed."""
+# ruff: noqa: E402 (the scripts are found by path)
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from unravelling import RECIPES, Dataset, build, digits, load, save
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import cells
+import collect
+import matrix
+import measure
+import measurements
+import train
+import yaml
+from filelock import FileLock
+
+CONFIG = yaml.safe_load((ROOT / "experiments/config.yaml").read_text(encoding="utf-8"))
+TOY = list(matrix.rows(CONFIG, "toy"))
+needs_snakemake = pytest.mark.skipif(
+    importlib.util.find_spec("snakemake") is None, reason="Snakemake is not installed: see experiments/requirements.txt"
+)
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was():
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(threads)
+
+
+def words(row, *more):
+    return ["--network", row.network, "--seed", str(row.seed), "--threads", "1", *map(str, more)]
+
+
+def trained(runs, row=TOY[0]):
+    """Train a row in this process, and measure it."""
+    folder = runs / row.folder
+    assert train.main(words(row, "--out", folder / "weights.safetensors")) == 0
+    for name in row.measurements:
+        weights = folder / "weights.safetensors"
+        assert measure.main(words(row, "--what", name, "--weights", weights, "--out", folder / f"{name}.csv")) == 0
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Both rows of the toy matrix, never interrupted; in a folder that no shell takes without quotes."""
+    folder = tmp_path_factory.mktemp("it's a folder")
+    for row in TOY:
+        trained(folder, row)
+    return folder
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A copy of the project's results, and one file of weights."""
+    folder = tmp_path / "data"
+    shutil.copytree(ROOT / "data/results", folder / "results")
+    (folder / "weights/digits").mkdir(parents=True)
+    shutil.copy(ROOT / "data/weights/digits/resnet20-seed0.safetensors", folder / "weights/digits")
+    shutil.copy(ROOT / "data/RUNS.md", folder)
+    return folder
+
+
+# the matrix
+
+
+def test_every_row_of_the_matrix_can_be_built_and_measured_as_asked():
+    for target in ("paper", "weights", "toy"):
+        rows = list(matrix.rows(CONFIG, target))
+        assert len(set(rows)) == len(rows)
+        for network, dataset in {(row.network, row.dataset) for row in rows if not row.members}:
+            known = measurements.applicable(build(network, dataset))
+            assert all(set(row.measurements) <= set(known) for row in rows if row.network == network)
+    tiers = [row.tier for row in matrix.rows(CONFIG, "paper")]
+    assert tiers == sorted(tiers)
+
+
+def test_ensembles_share_no_member():
+    rows = [row for row in matrix.rows(CONFIG, "weights") if row.members]
+    assert [(row.network, row.seed) for row in rows] == [("resnet20x6", i) for i in range(5)]
+    assert sorted(member.seed for row in rows for member in row.members) == list(range(30))
+
+
+@pytest.mark.parametrize(("line", "message"), [({"recipe": "none"}, "no recipe none"), ({"sed": [1]}, "sed is not")])
+def test_a_row_that_makes_no_sense_is_named(line, message):
+    config = {"paper": {"dataset": "digits", "recipe": "digits", "rows": [{"network": "resnet8", "seeds": [0]} | line]}}
+    with pytest.raises(ValueError, match=message):
+        list(matrix.rows(config, "paper"))
+
+
+# measurements
+
+
+@pytest.mark.parametrize("network", ["resnet20", "plain20", "vgg15-nobn"])
+def test_what_applies_gives_rows_and_says_on_which_images(network, monkeypatch):
+    monkeypatch.setattr(measurements, "TRIALS", 2)
+    monkeypatch.setattr(measurements, "K", (1, 3))
+    monkeypatch.setattr(measurements, "SWAPS", (1, None))
+    monkeypatch.setattr(measurements, "ACTIVE", (4, 6))
+    whole, few = digits(), torch.arange(40)
+    data = Dataset("digits", whole.train.take(few), whole.validation, whole.test.take(few), whole.classes, "digits")
+    chain = build(network, "digits").eval()
+    names = measurements.applicable(chain)
+    assert {"intact", "delete_each", "damage"} <= set(names)
+    assert ("spectrum" in names) == network.startswith("resnet")
+    assert ("delete_reestimated" in names) == ("nobn" not in network)
+    for name in names:
+        measurement = measurements.TABLE[name]
+        test, words = measurement.images(chain, data)
+        assert len(measurement.function(chain, test, data, 0)), name
+        assert "images" in words
+
+
+def test_thousands_of_lesions_use_a_fixed_part_of_a_large_test_split():
+    chain, data = build("resnet8", "digits"), digits()
+    assert measurements.fast(chain, data)[1] == "all 500 test images"
+    few = torch.cat([torch.nonzero(data.test.labels == label).flatten()[:1].expand(210) for label in range(10)])
+    many = Dataset("digits", data.train, data.validation, data.test.take(few), data.classes, "digits")
+    part, words = measurements.fast(chain, many)
+    assert part.labels.bincount().tolist() == [100] * 10
+    assert words == "the first 100 test images of every class"
+
+
+def test_a_measurement_that_does_not_apply_or_weights_of_another_network_are_refused(runs, tmp_path, capsys):
+    weights = runs / TOY[0].folder / "weights.safetensors"
+    ask = ["--weights", str(weights), "--out", str(tmp_path / "cell.csv"), "--what"]
+    assert measure.main(["--network", "resnet8", *ask, "subnetworks"]) == 2
+    assert measure.main(["--network", "resnet8", "--seed", "1", *ask, "intact"]) == 2
+    assert measure.main(["--network", "resnet20", *ask, "intact"]) == 2
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("does not apply to resnet8", "has seed 0, not 1", "holds a resnet8, not"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_networks_make_one_cell(runs, tmp_path):
+    files = [str(runs / row.folder / "weights.safetensors") for row in TOY]
+    out = tmp_path / "ensemble.csv"
+    assert measure.main(["--network", "resnet8x2", "--what", "ensemble", "--weights", *files, "--out", str(out)]) == 0
+    table = pd.read_csv(out)
+    assert table.groupby("removed").size().to_dict() == {0: 1, 1: 2}
+    alone = [pd.read_csv(runs / row.folder / "intact.csv")["error"].item() for row in TOY]
+    assert sorted(table.query("removed == 1")["error"]) == pytest.approx(sorted(alone))
+    assert json.loads(out.with_suffix(".json").read_text())["weights"] == " ".join(
+        cells.checksum(Path(f)) for f in files
+    )
+
+
+# training and cells
+
+
+def test_a_cell_says_how_it_was_made(runs):
+    folder = runs / TOY[0].folder
+    record = json.loads((folder / "intact.json").read_text())
+    chain = load(folder / "weights.safetensors")
+    assert record["weights"] == cells.checksum(chain.state_dict()) == cells.checksum(folder / "weights.safetensors")
+    assert record["images"] == "all 500 test images; statistics from 1000 training images"
+    assert record["hardware"].endswith("1 threads")
+    assert "it's" not in json.dumps(record)
+    table = pd.read_csv(folder / "intact.csv")
+    assert list(table.columns[:4]) == cells.KEYS
+    scores = pd.read_csv(folder / "networks.csv")
+    assert table["error"].item() == scores["test_error"].item()
+    assert sorted(p.name for p in folder.iterdir() if p.suffix not in (".csv", ".json")) == ["weights.safetensors"]
+
+
+def test_one_line_an_epoch_and_what_is_done_is_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=2))
+    trained(tmp_path)
+    assert [line for line in capsys.readouterr().out.splitlines() if "epoch" in line and " of 2, " in line][1:]
+    before = contents(tmp_path)
+    trained(tmp_path)
+    assert capsys.readouterr().out.count("done already") == 2
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_costs_one_epoch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=3))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    trained(whole)
+    checkpoint, kept = broken / TOY[0].folder / "checkpoint.pt", train._write
+
+    def stop(*arguments):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(train, "_write", stop)
+    out = broken / TOY[0].folder / "weights.safetensors"
+    assert train.main(words(TOY[0], "--out", out)) == 2
+    monkeypatch.setattr(train, "_write", kept)
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    checkpoint.write_bytes(content)
+    (checkpoint.parent / ".checkpoint.pt.123").write_text("half")
+    trained(broken)
+    said = capsys.readouterr().out
+    assert "going on from the one before it" in said
+    tables = [{k: v for k, v in contents(folder).items() if not k.endswith(".json")} for folder in (whole, broken)]
+    assert tables[0] == tables[1]
+
+
+def test_units_are_compiled_for_the_training_alone(monkeypatch):
+    import torch._dynamo
+
+    chain, asked = build("resnet8", "digits"), []
+    names, limit = list(chain.state_dict()), torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: asked.append(module))
+    with train._compiled(chain, True):
+        assert asked == list(chain.units)
+        assert torch._dynamo.config.recompile_limit == 64
+        assert list(chain.state_dict()) == names
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_commands_are_quoted_and_name_no_folder_of_one_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    inside = str(ROOT / "runs/it's here/w.safetensors")
+    text = cells.command(["--out", "/net/it's there/w", "--data=/secret", "--checkpoint", inside, "--network", "a b"])
+    expected = ["python", "experiments/train.py", "--out", "PATH", "--data=PATH", "--checkpoint"]
+    assert shlex.split(text) == [*expected, "runs/it's here/w.safetensors", "--network", "a b"]
+
+
+def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True, timeout=60)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "x"], check=True, timeout=60)
+    inner = tmp_path / "project"
+    inner.mkdir()
+    for folder in (inner, tmp_path.resolve()):  # beneath another project's repository; one that lacks our files
+        monkeypatch.setattr(cells, "ROOT", folder)
+        assert cells.commit() == "unknown"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--device", "cuda:99"), ("--threads", "0"), ("--out", "w.pt")])
+def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path):
+    options = {"--network": "resnet8", "--out": str(tmp_path / "w.safetensors")} | {option: value}
+    assert train.main([word for pair in options.items() for word in pair]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option} {value}")
+
+
+# the collector
+
+
+def test_rows_go_in_and_nothing_else_is_touched(runs, data):
+    before = contents(data)
+    assert collect.collect(TOY, runs, data) == []
+    after = contents(data)
+    for name, content in before.items():
+        if name.endswith(".csv"):
+            old, new = content.decode().splitlines(), after[name].decode().splitlines()
+            assert [line for line in new if ",resnet8," not in line] == old, name
+        elif name not in ("results/digits/provenance.json", "RUNS.md"):
+            assert after[name] == content, name
+    old, new = (json.loads(c["results/digits/provenance.json"]) for c in (before, after))
+    for name, made in old.items():
+        assert all(run in new[name] for run in made)
+    stored = pd.read_csv(data / "results/digits/networks.csv").query("network == 'resnet8'")
+    assert stored["test_error"].tolist() == [pd.read_csv(runs / r.folder / "networks.csv").test_error[0] for r in TOY]
+    made = [run for run in new["intact.csv"] if "resnet8-seed1-digits" in run["seconds"]]
+    assert made[0]["weights"]["resnet8-seed1-digits"] == cells.checksum(runs / TOY[1].folder / "weights.safetensors")
+    assert set(after) - set(before) == {"weights/digits/resnet8-seed0.safetensors"}
+
+
+def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    collect.collect(TOY, runs, one)
+    first = contents(one)
+    stamps = {path: path.stat().st_mtime_ns for path in one.rglob("*.*")}
+    assert collect.collect(TOY, runs, one) == []
+    assert {path: path.stat().st_mtime_ns for path in one.rglob("*.*")} == stamps
+    for row in reversed(TOY):
+        collect.collect([row], runs, other)
+    assert contents(other) == first
+
+
+def test_killed_at_any_write_the_next_call_completes_it(runs, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dying(number, function):
+        count = iter(range(10**6))
+
+        def call(*arguments, **options):
+            if next(count) == number:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    collect.collect(TOY[:1], runs, tmp_path / "before")
+    before = contents(tmp_path / "before")
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    collect.collect(TOY, runs, tmp_path / "after")
+    after = contents(tmp_path / "after")
+    moments = 0
+    for owner, name in ((Path, "write_bytes"), (os, "replace"), (shutil, "rmtree")):
+        for number in range(100):
+            folder = tmp_path / f"{name}{number}"
+            shutil.copytree(tmp_path / "before", folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, dying(number, getattr(owner, name)))
+                try:
+                    collect.collect(TOY, runs, folder)
+                    break
+                except Killed:
+                    moments += 1
+            seen = {k: v for k, v in contents(folder).items() if not k.startswith(".")}
+            assert all(content in (before.get(path), after[path]) for path, content in seen.items())
+            collect.collect(TOY, runs, folder)
+            assert contents(folder) == after
+    assert moments > 10
+
+
+def test_results_on_other_weights_are_refused_by_name(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=2))
+    data, again = tmp_path / "data", tmp_path / "again"
+    collect.collect(TOY, runs, data)
+    before = contents(data)
+    trained(again, replace(TOY[0], measurements=()))
+    (refused,) = collect.collect(TOY, again, data)
+    assert "intact.csv belongs to other weights" in refused
+    assert contents(data) == before
+    cell = runs / TOY[0].folder
+    for suffix in ("csv", "json"):
+        shutil.copy(cell / f"intact.{suffix}", again / TOY[0].folder)
+    (refused,) = collect.collect(TOY, again, data)
+    assert "measured on different weights" in refused
+    assert contents(data) == before
+    (again / TOY[0].folder / "intact.csv").unlink()
+    trained(again)
+    assert collect.collect(TOY[:1], again, data) == []  # all that was stored of the row is measured anew
+    assert cells.checksum(data / "weights/digits/resnet8-seed0.safetensors") != cells.checksum(
+        cell / "weights.safetensors"
+    )
+
+
+def test_a_cell_that_was_changed_is_named(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs" / TOY[0].folder / "intact.csv"
+    path.write_text(path.read_text().replace("500", "501"))
+    with pytest.raises(ValueError, match=r"intact\.csv is not what was measured"):
+        collect.collect(TOY, tmp_path / "runs", tmp_path / "data")
+    assert not contents(tmp_path / "data")
+
+
+def test_weights_are_halved_where_large_and_refused_where_too_large(runs, tmp_path, monkeypatch):
+    path = tmp_path / "data/weights/digits/resnet8-seed0.safetensors"
+    monkeypatch.setattr(collect, "FOLDER_LIMIT", 10_000)
+    (refused,) = collect.collect(TOY, runs, tmp_path / "data")
+    assert "too much to ship" in refused
+    assert not path.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(collect, "HALF_LIMIT", 10_000)
+    assert collect.collect(TOY, runs, tmp_path / "data") == []
+    source = runs / TOY[0].folder / "weights.safetensors"
+    assert collect.header(path)["half"] is True
+    assert collect.header(path)["source"] == cells.checksum(source)
+    assert path.stat().st_size < 0.6 * source.stat().st_size
+    before = contents(tmp_path / "data")
+    assert collect.collect(TOY, runs, tmp_path / "data") == []
+    assert contents(tmp_path / "data") == before
+
+
+def test_weights_of_another_recipe_stay_until_it_is_dropped(runs, data):
+    home = data / "weights/digits/resnet8-seed0.safetensors"
+    save(build("resnet8", "digits"), home, recipe="brief", seed=0)
+    content = home.read_bytes()
+    (refused,) = collect.collect(TOY, runs, data)
+    assert "holds recipe brief" in refused
+    assert home.read_bytes() == content
+    assert collect.collect(TOY, runs, data, drop="brief") == []
+    assert collect.header(home)["recipe"] == "digits"
+    for path in (data / "results/cifar10").glob("*.csv"):
+        assert "brief" not in set(pd.read_csv(path)["recipe"])
+    assert '-brief"' not in (data / "results/cifar10/provenance.json").read_text()
+
+
+def test_two_collectors_wait_for_each_other(runs, tmp_path):
+    (tmp_path / "data").mkdir()
+    with FileLock(tmp_path / "data/.lock"):
+        other = threading.Thread(target=collect.collect, args=(TOY, runs, tmp_path / "data"))
+        other.start()
+        other.join(1)
+        assert other.is_alive()
+        assert not contents(tmp_path / "data")
+    other.join(60)
+    assert contents(tmp_path / "data")
+
+
+def test_the_committed_page_is_what_the_committed_data_give():
+    page = collect.runs_page(ROOT / "data")
+    assert (ROOT / "data/RUNS.md").read_text(encoding="utf-8") == page
+    assert "| 1 | resnet110 | 0 | short |" in page
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (740, "12 min"), (12345, "3.4 h"), (180_000, "2.1 days")])
+def test_durations(seconds, text):
+    assert collect.duration(seconds) == text
+
+
+# Snakemake
+
+
+def snakemake(folder, *words):
+    config = ["--config", f"runs={folder / 'runs'}", f"data={folder / 'data'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        ROOT / "experiments/Snakefile",
+        "--directory",
+        folder,
+        "-c",
+        "2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "lib"), "OMP_NUM_THREADS": "1"}
+    environment.pop("MAKELEVEL", None)
+    return subprocess.Popen(
+        [*map(str, command), "toy", *config, *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # signals reach Snakemake alone, as from another terminal
+    )
+
+
+def until(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.02)
+
+
+@needs_snakemake
+def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(runs, tmp_path):
+    import psutil
+
+    folder = tmp_path / "it's a place"
+    folder.mkdir()
+    for number, kind in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)):
+        started = snakemake(folder)
+        row = folder / "runs" / TOY[0].folder
+        epochs = 4 * number + 1  # each time further on
+        until(lambda row=row, epochs=epochs: (row / f"checkpoint.{epochs}.gradient_norms.csv").exists())
+        children = psutil.Process(started.pid).children(recursive=True)
+        assert children
+        started.send_signal(kind)
+        started.wait(120)
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
+        assert not (row / "weights.safetensors").exists()
+        assert {f.name for f in row.iterdir() if f.suffix == ".csv"} >= {"checkpoint.0.gradient_norms.csv"}
+    finished = snakemake(folder)
+    said, _ = finished.communicate(timeout=240)
+    assert finished.returncode == 0, said
+    expected, found = contents(runs), contents(folder / "runs")
+    for name, content in expected.items():
+        if not name.endswith(".json"):
+            assert found.pop(name) == content, name
+    assert {Path(name).name for name in found if not name.endswith(".json")} == {"collected"}
+    assert set(pd.read_csv(folder / "data/results/digits/intact.csv")["seed"]) == {0, 1}
+    assert str(folder) not in (folder / "data/results/digits/provenance.json").read_text()
+
+
+@needs_snakemake
+@pytest.mark.parametrize(("profile", "plugin"), [("slurm", "slurm"), ("kubernetes", "cluster_generic")])
+def test_the_profiles_of_clusters_are_understood(profile, plugin, tmp_path):
+    if importlib.util.find_spec(f"snakemake_executor_plugin_{plugin}") is None:
+        pytest.skip(f"Snakemake's executor {plugin} is not installed: see experiments/requirements.txt")
+    started = snakemake(tmp_path, "--workflow-profile", str(ROOT / "experiments/profiles" / profile), "--dry-run")
+    said, _ = started.communicate(timeout=240)
+    assert started.returncode == 0, said
+    assert said.count("gpu=1") == 4, said  # trainings and measurements
+
+
+@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
+def test_clusters_differ_from_one_machine_in_where_jobs_run_alone(profile):
+    here, there = (
+        yaml.safe_load((ROOT / f"experiments/profiles/{name}/config.yaml").read_text()) for name in ("default", profile)
+    )
+    shared = set(here) - {"cores", "quiet"}
+    assert {name: there[name] for name in shared} == {name: here[name] for name in shared}
+
+
+def test_a_pod_runs_the_script_of_a_job(tmp_path):
+    script, kubectl = ROOT / "experiments/profiles/kubernetes/pod.sh", tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ $1 = create ] && cat > {tmp_path}/pod; printf Failed\n'
+    )
+    kubectl.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNRAVELLING_DATA": "/net/images"}
+
+    def pod(*words):
+        command = [script, *words]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    name = pod("submit", "train", "2", "8000", "1", "/net/it's a job.sh")
+    asked = yaml.safe_load((tmp_path / "pod").read_text())
+    (container,) = asked["spec"]["containers"]
+    assert asked["metadata"]["name"] == name
+    assert container["command"] == ["bash", "/net/it's a job.sh"]
+    assert container["workingDir"] == str(tmp_path)
+    assert container["resources"] == {"requests": {"cpu": 2, "memory": "8000M"}, "limits": {"nvidia.com/gpu": 1}}
+    assert pod("status", name) == "failed"
+    assert f"delete pod {name}" in (tmp_path / "asked").read_text()

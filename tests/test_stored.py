@@ -1,0 +1,128 @@
+"""Stored results as a reader loads them, on the folder of a made-up project."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from unravelling.stored import DEFAULT_RECIPES, KEYS, both, data_folder, data_label, intact_error, stored
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows(*keys, dataset="digits"):
+    """Two units of each (network, seed, recipe)."""
+    table = pd.DataFrame([(dataset, *key, unit, 0.1 * unit) for key in keys for unit in range(2)])
+    return table.set_axis([*KEYS, "unit", "error"], axis=1)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Networks of two recipes on both data sets; the working directory lies within the project."""
+    tables = {
+        "digits": rows(("resnet110", 0, "digits"), ("resnet110", 1, "digits"), ("resnet110", 0, "digits-short-paths")),
+        "cifar10": rows(("resnet110", 0, "brief"), ("vgg15-narrow", 0, "brief"), ("plain20", 7, "paper")),
+    }
+    for dataset, table in tables.items():
+        folder = tmp_path / "data/results" / dataset
+        folder.mkdir(parents=True)
+        table.assign(dataset=dataset).to_csv(folder / "delete_each.csv", index=False)
+    (tmp_path / "book").mkdir()
+    monkeypatch.chdir(tmp_path / "book")
+    return tmp_path
+
+
+def keys(table):
+    return sorted(set(table[["network", "seed", "recipe"]].itertuples(index=False, name=None)))
+
+
+def test_recipes_are_not_mixed_unasked(project):
+    assert keys(stored("digits/delete_each")) == [("resnet110", 0, "digits"), ("resnet110", 1, "digits")]
+    assert keys(stored("digits/delete_each", recipe="digits-short-paths")) == [("resnet110", 0, "digits-short-paths")]
+    assert len(stored("digits/delete_each", recipe=None)) == 6
+    assert stored("cifar10/delete_each", recipe="paper").index.tolist() == [0, 1]
+
+
+def test_a_folder_of_ones_own_is_read_instead(project, tmp_path):
+    (tmp_path / "mine/digits").mkdir(parents=True)
+    mine = rows(("plain8", 3, "digits"))
+    mine.to_csv(tmp_path / "mine/digits/delete_each.csv", index=False)
+    pd.testing.assert_frame_equal(stored("digits/delete_each", tmp_path / "mine"), mine)
+    assert set(stored("digits/delete_each")["network"]) == {"resnet110"}
+
+
+def test_names_that_are_not_stored_are_answered_with_those_that_are(project, tmp_path):
+    there = "there are cifar10/delete_each, digits/delete_each$"
+    with pytest.raises(FileNotFoundError, match=f"^no stored results 'digits/reorder': {there}"):
+        stored("digits/reorder")
+    with pytest.raises(FileNotFoundError, match=r"^no stored results 'digits/a': there are none$"):
+        stored("digits/a", tmp_path / "book")
+
+
+def test_the_data_folder_is_found_from_below_it_and_beside_the_source(project, tmp_path_factory, monkeypatch):
+    assert data_folder() == project / "data"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    assert data_folder() == ROOT / "data"
+    monkeypatch.setattr("unravelling.stored.__file__", str(elsewhere / "site-packages/unravelling/stored.py"))
+    with pytest.raises(FileNotFoundError, match=f"^no data/results in {elsewhere} or above it: run from a clone"):
+        data_folder()
+
+
+def test_both_reads_one_recipe_of_the_networks_asked_for_in_the_same_order(project):
+    tables = both("delete_each", "resnet110")
+    assert list(tables) == ["digits", "cifar10"] == list(DEFAULT_RECIPES)
+    assert [keys(table) for table in tables.values()] == [
+        [("resnet110", 0, "digits"), ("resnet110", 1, "digits")], [("resnet110", 0, "brief")]]
+    assert [len(table) for table in both("delete_each").values()] == [4, 4]
+    assert keys(both("delete_each", recipe="paper")["cifar10"]) == [("plain20", 7, "paper")]
+
+
+def test_both_shows_a_narrow_network_under_its_own_name_until_the_full_one_is_there(project):
+    assert set(both("delete_each", "vgg15")["cifar10"]["network"]) == {"vgg15-narrow"}
+    path = project / "data/results/cifar10/delete_each.csv"
+    pd.concat([pd.read_csv(path), rows(("vgg15", 0, "brief"), dataset="cifar10")]).to_csv(path, index=False)
+    assert set(both("delete_each", "vgg15")["cifar10"]["network"]) == {"vgg15"}
+
+
+def test_what_is_not_stored_has_no_rows_but_the_columns_of_a_network(project):
+    for table in [*both("reorder", "resnet110").values(), both("delete_each", "plain32")["digits"]]:
+        assert table.empty
+        assert set(KEYS) <= set(table)
+
+
+def test_the_intact_error_is_the_mean_before_the_lesions():
+    table = pd.DataFrame({"error": [0.5, 0.9, 0.3], "delta_error": [0.4, 0.8, 0.1]})
+    assert intact_error(table) == pytest.approx((0.1 + 0.1 + 0.2) / 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "recipe", "expected"),
+    [
+        (None, None, "CIFAR-10"),
+        ({}, None, "CIFAR-10"),
+        ({"a.csv": [{"data": "copy", "seconds": {"resnet110-seed0-brief": 1}}, {"seconds": {}}]}, None, "copy"),
+        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-brief": 1}},
+                    {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, None, "new and old"),
+        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-brief": 1}},
+                    {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
+        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-short-paths": 1}},
+                    {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
+        ({"a": {"rows": [{"data": "new"}]}}, "short", "new"),
+    ],
+)
+def test_the_label_names_the_copy_that_the_record_names(project, record, recipe, expected):
+    if record is not None:
+        (project / "data/results/cifar10/provenance.json").write_text(json.dumps(record))
+    assert data_label("cifar10", recipe=recipe) == expected
+    assert data_label("digits") == "digits"
+
+
+@pytest.mark.parametrize("dataset", DEFAULT_RECIPES)
+def test_what_the_project_stores_has_keys_and_is_labelled(dataset, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in sorted((ROOT / "data/results" / dataset).glob("*.csv")):
+        table = stored(f"{dataset}/{path.stem}", recipe=None)
+        assert list(table.columns[:4]) == KEYS
+        assert set(table["dataset"]) == {dataset}
+    assert data_label(dataset).startswith({"cifar10": "CIFAR-10"}.get(dataset, dataset))
