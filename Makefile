@@ -1,7 +1,10 @@
 # make book      execute every notebook and build the pages        make refresh   write fresh outputs into book/
-# make test      lint, build, run every test and every notebook    make weights   train the shipped networks anew
-# make clean     remove _build, never runs, .venv or data          make bench     compare speed, side by side
-# make paper     train and measure the CIFAR-10 networks, hours to days; stop it and call it again at will
+# make test      lint, build, run every test and every notebook    make pages     the pages from the outputs in book/
+# make clean     remove _build, never runs, .venv, data            make bench     compare speed, side by side
+# make weights   train and measure the shipped networks anew       make paper     CIFAR-10, hours to days: stop at will
+#
+# make refresh ONLY=05-deleting-blocks                      one notebook
+# make book PARAMETERS="-p DATASET cifar10"                 every notebook that has the parameter, with this value
 #
 # Needs Python >= 3.10 (make PYTHON=python3.12 to choose one) and access to a package index, nothing else.
 
@@ -9,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := book
-.PHONY: book test refresh weights paper bench clean
+.PHONY: book test refresh pages notes weights paper bench clean
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -24,19 +27,50 @@ RUN := .venv/bin/python
 	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
 	@touch $@
 
-book: .venv/.installed
-	@$(RUN) scripts/book.py execute
-	@$(RUN) scripts/book.py html
+# A run depends on the notebook's code and parameters, which `notes` extracts, on the library and on the data (folders
+# too, since a file may be removed). What changes none of them runs nothing: prose, and outputs written back.
+NAMES := $(basename $(notdir $(wildcard book/*.ipynb)))
+LIBRARY := $(shell find lib/unravelling -name '*.py')
+DATA := $(shell find data -mindepth 1 -not -path '*/.*')
+PAGES := _config.yml _toc.yml scripts/book.py $(LIBRARY) $(shell find book -type f -not -path '*/.*')
 
-test: .venv/.installed
+book: _build/html/index.html
+	@echo "open $<"
+
+notes: .venv/.installed
+	@$(RUN) scripts/book.py prepare $(PARAMETERS)
+
+NOTES := $(NAMES:%=_build/code/%.json) _build/code/versions.json
+$(NOTES): notes ;
+
+$(NAMES:%=_build/executed/%.ipynb): _build/executed/%.ipynb: _build/code/%.json _build/code/versions.json $(LIBRARY) $(DATA)
+	@$(RUN) scripts/book.py execute $*
+
+_build/html/index.html: $(NAMES:%=_build/executed/%.ipynb) $(PAGES)
+	@$(RUN) scripts/book.py pages _build/executed _build/html
+
+pages: _build/committed/index.html
+	@echo "open $<"
+
+_build/committed/index.html: .venv/.installed $(PAGES)
+	@$(RUN) scripts/book.py pages book _build/committed
+
+ONLY ?= $(NAMES)
+refresh: $(ONLY:%=_build/executed/%.ipynb)
+	@$(RUN) scripts/book.py refresh $(ONLY)
+ifneq ($(and $(PARAMETERS),$(filter refresh,$(MAKECMDGOALS))),)
+$(error book/ holds the outputs of the parameters as they stand there: make refresh without PARAMETERS)
+endif
+
+# Networks are small: a thread a process. A file's tests stay in one process, since a notebook's cells need each other,
+# and the notebooks begin, since the longest of them would be late otherwise.
+test: export OMP_NUM_THREADS := 1
+test: .venv/.installed .venv/.experiments
 	$(RUN) -m ruff check .
-	$(RUN) scripts/book.py html --committed
-	$(RUN) -m pytest --nbval-lax --nbval-current-env tests book
+	@$(MAKE) --no-print-directory pages
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env book tests
 
-refresh: .venv/.installed
-	@$(RUN) scripts/book.py refresh
-
-# Snakemake and what it needs are installed for these two alone. Options and targets go into PAPER, such as
+# Snakemake and what it needs are installed for these two and the tests alone. Options and targets go into PAPER, such as
 # make paper PAPER='tier1 --cores 4', and make paper PAPER=-n says what remains. CIFAR-10 is where UNRAVELLING_DATA says.
 .venv/.experiments: .venv/.installed experiments/requirements.txt
 	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement experiments/requirements.txt

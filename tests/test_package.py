@@ -1,4 +1,4 @@
-"""The library as others get it: the wheel, what it needs, what an import costs, and its types."""
+"""The library as others get it: the wheel in use, what it needs, what an import costs, its types; and its floors."""
 
 import ast
 import os
@@ -7,22 +7,25 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from email import message_from_bytes
+from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "lib/unravelling"
 NEEDED = {"torch", "numpy", "pandas", "scipy", "tqdm", "safetensors"}
-WITH_TORCH = {"filelock"}
 EXTRAS = {
     "digits": {"scikit-learn"},
     "cifar10": {"torchvision", "pillow"},
     "plots": {"matplotlib", "seaborn"},
     "models": {"torchvision", "timm", "transformers"},
 }
-IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,8 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    assert sorted(names) == sorted(f"unravelling/{p.name}" for p in SOURCE.iterdir() if p.is_file())
+    kept = [path for path in SOURCE.rglob("*") if path.suffix in {".py", ".typed"}]
+    assert sorted(names) == sorted(path.relative_to(SOURCE.parent).as_posix() for path in kept)
     assert "unravelling/py.typed" in names
 
 
@@ -72,10 +76,71 @@ def test_wheel_requires_what_the_library_runs_on(metadata):
     assert metadata["License-Expression"] == "MIT"
 
 
-def imports(path):
-    """Roots of the modules that a file imports, other than this library's own and the standard library's."""
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """`installed(code)` runs code on the wheel alone, away from the source; returns what it prints."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+
+    def run(code):
+        (folder / "use.py").write_text(code)
+        done = subprocess.run([sys.executable, "use.py"], capture_output=True, text=True, check=False, cwd=folder,
+                              env={**os.environ, "PYTHONPATH": str(folder)})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run.folder = folder
+    return run
+
+
+def test_wheel_works_as_the_readme_uses_it(installed):
+    printed = installed(f"""if True:
+        import torch, unravelling
+        from torch import nn
+        from unravelling import delete_each, digits, load, unravel
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.f = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+            def forward(self, x):
+                return x + self.f(x)
+
+        own = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), Block(), Block(), nn.Flatten(), nn.Linear(256, 10)).eval()
+        images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        chain = unravel(own, images)
+        chain.verify(images)
+        print(unravelling.__file__, len(chain.units))
+        table = delete_each(load({str(ROOT / "data/weights/digits/resnet20-seed0.safetensors")!r}), digits().test)
+        print(*table.unit)
+    """)
+    where, deleted = printed.splitlines()
+    assert where.split() == [str(installed.folder / "unravelling/__init__.py"), "2"]
+    assert deleted.split() == [str(unit) for unit in range(9)]
+
+
+def test_import_loads_little_besides_torch(installed):
+    """Counted in modules: SciPy and what draws, trains on other data or brings networks stay out until needed."""
+    printed = installed(
+        "import sys, torch, pandas; before = set(sys.modules); import unravelling; "
+        "print(unravelling.__file__); print(*sorted({name.split('.')[0] for name in set(sys.modules) - before})); "
+        "print(len(set(sys.modules) - before))"
+    )
+    where, roots, count = printed.splitlines()
+    assert Path(where).parent == installed.folder / "unravelling"
+    assert set(roots.split()) - set(sys.stdlib_module_names) <= {"unravelling", "safetensors", "tqdm"}
+    assert int(count) < 60
+
+
+# -- requirements --------------------------------------------------------------------------------------------
+
+
+def imports(source):
+    """Roots of the modules that code imports, other than this library's own and the standard library's."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -83,28 +148,140 @@ def imports(path):
     return found - set(sys.stdlib_module_names) - {"unravelling"}
 
 
+def distributions(modules):
+    """Names under which modules are installed."""
+    return {packages_distributions()[module][0].lower().replace("_", "-") for module in modules}
+
+
+def ranges(path):
+    """Names and ranges of a requirements file, without installs from a folder and from other files."""
+    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    return [re.match(r"([\w-]+)\s*(.*)", line).groups() for line in lines if line and not line.startswith("-")]
+
+
+def declared():
+    """Names and ranges in pyproject.toml's lists of dependencies, read as text: Python 3.10 has no tomllib."""
+    text = (ROOT / "pyproject.toml").read_text()
+    lists = text[text.index("\ndependencies = ["):text.index("\n[tool.")]
+    return [re.match(r"([\w-]+)(.*)", entry).groups() for entry in re.findall(r'"(.*?)"', lists)]
+
+
 def test_requirements_are_what_the_source_imports():
-    imported = set().union(*(imports(path) for path in SOURCE.glob("*.py")))
-    optional = {IMPORTED_AS.get(name, name) for names in EXTRAS.values() for name in names}
-    assert imported - optional == NEEDED | WITH_TORCH
+    imported = set().union(*(imports(path.read_text()) for path in SOURCE.rglob("*.py")))
+    optional = {name for names in EXTRAS.values() for name in names}
+    assert distributions(imported) - optional == NEEDED
 
 
-def test_import_loads_little_besides_torch(wheel, tmp_path):
-    """Counted in modules: SciPy and what draws, trains on other data or brings networks stay out until needed."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
-    code = (
-        "import sys, torch, pandas; before = set(sys.modules); import unravelling; "
-        "print(unravelling.__file__); print(*sorted({name.split('.')[0] for name in set(sys.modules) - before})); "
-        "print(len(set(sys.modules) - before))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
-                          env=environment)
-    where, roots, count = done.stdout.splitlines()
-    assert Path(where).parent == tmp_path / "unravelling"
-    assert set(roots.split()) - set(sys.stdlib_module_names) <= {"unravelling", "safetensors", "tqdm"}
-    assert int(count) < 60
+@pytest.mark.parametrize("folder", ["book", "scripts", "tests", "benchmarks", "experiments"])
+def test_whatever_is_imported_is_declared(folder):
+    names = {name for name, _ in [*declared(), *ranges(ROOT / "requirements.txt")]}
+    if folder in {"experiments", "tests"}:
+        names |= {name for name, _ in ranges(ROOT / "experiments/requirements.txt")}
+    own = {path.stem for path in (ROOT / folder).glob("*.py")} | {path.stem for path in ROOT.glob("experiments/*.py")}
+    sources = [path.read_text() for path in (ROOT / folder).rglob("*.py")]
+    for path in (ROOT / folder).glob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        sources += [cell.source for cell in cells if cell.cell_type == "code"]
+    assert sources
+    assert distributions(set().union(*map(imports, sources)) - own) - names == set()
+
+
+def test_each_range_is_written_once():
+    files = [path for path in ROOT.glob("*/requirements.txt") if not path.parent.name.startswith((".", "_"))]
+    written = [*declared(), *(pair for path in [ROOT / "requirements.txt", *files] for pair in ranges(path))]
+    environment = yaml.safe_load((ROOT / "binder/environment.yml").read_text())["dependencies"]
+    written += [re.match(r"([\w-]+)(.*)", entry).groups() for entry in environment if not entry.startswith("python=")]
+    assert {name for name, count in Counter(name for name, range_ in written if range_).items() if count > 1} == set()
+    assert dict(declared())["torch"].startswith(">=2.8")
+    extras = set(re.findall(r"^(\w+) = ", (ROOT / "pyproject.toml").read_text().split("optional-dependencies]")[1]
+                            .split("\n[")[0], flags=re.M))
+    for path in (ROOT / "requirements.txt", ROOT / "binder/postBuild"):
+        assert set(re.search(r"\.\[(.*?)\]", path.read_text())[1].split(",")) == extras
+
+
+# -- floors --------------------------------------------------------------------------------------------------
+
+FLOORS = [
+    ["chain", "data", "stats"],
+    ["batches", "nets", "stored"],
+    ["paths", "lesion", "train", "weights", "wording"],
+    ["ensemble", "plots", "tracing.trace"],
+    ["tracing.reading"],
+    ["tracing.parts"],
+    ["tracing"],
+    ["verify"],
+    ["from_model"],
+    [""],
+]
+"""The library's modules, by floor; a module imports from lower floors alone. "" is the package itself."""
+
+
+def modules(root):
+    """Sources of a package's modules, by name below it."""
+    names = {path: path.relative_to(root).with_suffix("").as_posix().replace("/", ".") for path in root.rglob("*.py")}
+    return {re.sub(r"\.?__init__$", "", name): path.read_text() for path, name in names.items()}
+
+
+def imported_modules(name, sources, package):
+    """Which of a package's modules one of them imports, at any place in its code."""
+    found, here = set(), name.split(".") if name else []
+    if not any(other.startswith(f"{name}.") for other in sources) and name:
+        here = here[:-1]  # relative imports start from the folder
+    for node in ast.walk(ast.parse(sources[name])):
+        places = []
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[:len(here) - node.level + 1] + (node.module.split(".") if node.module else [])
+            places = [[*base, alias.name] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == package:
+            places = [[*node.module.split(".")[1:], alias.name] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            places = [alias.name.split(".")[1:] for alias in node.names if alias.name.split(".")[0] == package]
+        for place in places:
+            found.add(".".join(place) if ".".join(place) in sources else ".".join(place[:-1]))
+    return found
+
+
+def upward(sources, floors, package="unravelling"):
+    """Imports that do not go down, and modules without a floor."""
+    number = {name: floor for floor, names in enumerate(floors) for name in names}
+    missing = [f"{name} has no floor" for name in sources if name not in number]
+    pairs = [(name, other) for name in sources for other in imported_modules(name, sources, package)]
+    return missing + [f"{one} imports {other}" for one, other in pairs
+                      if one in number and other in number and number[one] <= number[other]]
+
+
+def circles(sources, package="unravelling"):
+    """Modules that import one another, or nothing."""
+    try:
+        graph = {name: imported_modules(name, sources, package) for name in sources}
+        return [*TopologicalSorter(graph).static_order()] and []
+    except CycleError as error:
+        return error.args[1]
+
+
+def test_library_has_no_circle_and_imports_go_down():
+    sources = modules(SOURCE)
+    assert circles(sources) == []
+    assert upward(sources, FLOORS) == []
+    assert sum(len(source.splitlines()) for source in sources.values()) <= 3800
+
+
+@pytest.mark.parametrize(("source", "circle", "complaints"), [
+    ("from .b import f", ["a", "b"], ["a imports b"]),
+    ("def f():\n    from . import b", ["a", "b"], ["a imports b"]),
+    ("import p.b", ["a", "b"], ["a imports b"]),
+    ("from p.sub.c import f", ["a", "b", "sub.c"], ["a imports sub.c"]),
+    ("from . import f", [], ["a imports "]),
+    ("import torch", [], []),
+])
+def test_circles_and_upward_imports_are_found(source, circle, complaints):
+    sources = {"": "", "a": source, "b": "from .a import f", "sub": "from .c import f", "sub.c": "from ..b import f"}
+    assert sorted(set(circles(sources, "p"))) == circle
+    assert upward(sources, [["a"], ["b"], ["sub.c"], ["sub"], [""]], "p") == complaints
+    assert upward({**sources, "d": ""}, [["a"], ["b"], ["sub.c"], ["sub"], [""]], "p")[0] == "d has no floor"
+
+
+# -- types ---------------------------------------------------------------------------------------------------
 
 
 def mypy(*arguments, cwd=ROOT):
