@@ -178,6 +178,7 @@ def test_whatever_is_imported_is_declared(folder):
     if folder in {"experiments", "tests"}:
         names |= {name for name, _ in ranges(ROOT / "experiments/requirements.txt")}
     own = {path.stem for path in (ROOT / folder).glob("*.py")} | {path.stem for path in ROOT.glob("experiments/*.py")}
+    own |= {path.stem for path in ROOT.glob("book/*.py")}
     sources = [path.read_text() for path in (ROOT / folder).rglob("*.py")]
     for path in (ROOT / folder).glob("*.ipynb"):
         cells = nbformat.read(path, as_version=4).cells
