@@ -253,10 +253,9 @@ def _first_right_chain(
             continue
         try:
             reading, stretches, found = read(model, traced, makers, by_hand)
-            *modules, origin = make_parts(model, x, reading, stretches, makers)
-            chain = Unravelled(*modules, origin)
+            chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
             if logits is not None:
-                refuse_unequal(chain, origin, x, logits, expected)
+                refuse_unequal(chain, chain._origin, x, logits, expected)
             return chain, remarks + found
         except NotABlock as error:
             makers = {name: maker for name, maker in makers.items() if name != str(error)}

@@ -136,7 +136,8 @@ def side_by_side(
             if ax is not line[0]:
                 ax.set_ylabel("")
     if legend:
-        entries = next((entry for ax in axes.flat if (entry := ax.get_legend_handles_labels())[0]), ([], []))
+        found = (ax.get_legend_handles_labels() for ax in axes.flat)
+        entries: tuple[list, list] = next((entry for entry in found if entry[0]), ([], []))
         fig.legend(*entries, loc="outside lower center", ncols=legend)
     return fig
 

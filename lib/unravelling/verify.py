@@ -170,8 +170,8 @@ def verify(chain: Chain, origin: Origin, x: Any, tolerance: float | None = None)
             logits = chain(x)
         note("logits", logits, expected, difference(logits, expected), "")
         ours, theirs = gradients(chain, model, x), gradients(model, model, x)
-        for kind, name, *both, gap in compared_gradients(ours, theirs):
-            note(f"gradient at the {kind}", *both, gap, f"{name}")
+        for kind, name, one, other, gap in compared_gradients(ours, theirs):
+            note(f"gradient at the {kind}", one, other, gap, f"{name}")
         for i, ends in enumerate(origin.zeros):
             if ends and all(len(outputs[name]) > number for name, number in ends):
                 with torch.no_grad():

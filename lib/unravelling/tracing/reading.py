@@ -378,7 +378,7 @@ def _within(reading: Reading, stretches: list[Stretch], names: Sequence[str]) ->
                 raise Unsupported(
                     f"{name!r} is no unit: a unit takes one state and returns the next, and other ways lead past it"
                 )
-            kept += inside or [Stretch(*region, key)]  # type: ignore[misc]
+            kept += inside if region is None else inside or [Stretch(*region, key)]
     return kept
 
 

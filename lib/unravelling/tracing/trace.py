@@ -71,11 +71,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             model.eval()
-            if cached:
+            if config is not None and cached:
                 config.use_cache = False
             yield
         finally:
-            if cached:
+            if config is not None and cached:
                 config.use_cache = cached
             for now, attributes, tables in before:
                 for name in [name for name in now if name not in attributes]:
