@@ -31,7 +31,7 @@ RUN := .venv/bin/python
 # too, since a file may be removed). What changes none of them runs nothing: prose, and outputs written back.
 NAMES := $(basename $(notdir $(wildcard book/*.ipynb)))
 LIBRARY := $(shell find lib/unravelling -name '*.py') $(wildcard book/*.py experiments/config.yaml)
-DATA := $(shell find data -mindepth 1 -not -path '*/.*')
+DATA := $(shell find data -not -path '*/.*')
 PAGES := _config.yml _toc.yml scripts/book.py $(LIBRARY) $(shell find book -type f -not -path '*/.*')
 
 book: _build/html/index.html
