@@ -5,6 +5,7 @@ import pickle
 import re
 import resource
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from unravelling import Chain, build, load, resnet, save
-from unravelling import weights as weights_module
+from unravelling import data as data_module
 from unravelling.weights import header
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -107,7 +110,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch, limited):
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limited == "by us":
-        monkeypatch.setattr(weights_module, "save_file", full_disk)
+        monkeypatch.setattr(data_module, "save_file", full_disk)
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))
     try:
@@ -159,8 +162,14 @@ def test_a_flipped_bit_is_noticed_anywhere(tmp_path):
 def test_a_file_from_before_the_checksum_loads(tmp_path):
     chain = small("pre")
     head = {"format": "unravelling/1", "architecture": chain.config, "versions": {"torch": "2.8"}, "seed": 1}
-    save_file(chain.state_dict(), tmp_path / "a.safetensors", {"unravelling": json.dumps(head)})
-    assert snapshot(load(tmp_path / "a.safetensors"))["bytes"] == snapshot(chain)["bytes"]
+    path = tmp_path / "a.safetensors"
+    save_file(chain.state_dict(), path, {"unravelling": json.dumps(head)})
+    with pytest.warns(UserWarning, match=r"a\.safetensors is older than checksums: damage would not show"):
+        assert snapshot(load(path))["bytes"] == snapshot(chain)["bytes"]
+    save_file(chain.state_dict(), path, {"unravelling": json.dumps(head | {"dtype": "float32"})})
+    for read in (load, header):
+        with pytest.raises(ValueError, match=r"a\.safetensors is damaged: its header has lost its checksum\. Fetch it"):
+            read(path)
 
 
 def test_the_checksum_tells_networks_apart(tmp_path):
@@ -234,8 +243,7 @@ def test_a_header_without_architecture(tmp_path):
     path = tmp_path / "a.safetensors"
     fitting = {"architecture": small("pre").config, "dtype": "float31"}
     for architecture in ({}, {"architecture": {}}, {"architecture": 3}, fitting):
-        head = json.dumps({"format": "unravelling/1"} | architecture)
-        save_file({"weight": torch.zeros(3)}, path, {"unravelling": head})
+        data_module.write_tensors(path, {"weight": torch.zeros(3)}, {"format": "unravelling/1"} | architecture)
         with pytest.raises(ValueError, match="does not fit the architecture in its header"):
             load(path)
 
@@ -268,3 +276,10 @@ def test_half_precision_halves_the_file_and_rounds_only_matrices_and_kernels(tmp
         expected = tensor.to(torch.float16).to(tensor.dtype) if tensor.dim() > 1 else tensor
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], expected)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("path", sorted((ROOT / "data/weights").rglob("*.safetensors")), ids=lambda path: path.stem)
+def test_every_shipped_file_has_a_checksum(path):
+    assert header(path)["checksum"]
+    assert len(load(path).units) > 1
