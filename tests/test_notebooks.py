@@ -345,6 +345,26 @@ def test_every_policy_has_a_bad_example():
     assert {policy for policy, _, _ in BAD.values()} == set(POLICIES)
 
 
+def exercises(notebook):
+    """For each exercise, whether a folded code cell and then a folded solution follow it."""
+    cells, found = notebook.cells, []
+    for i, cell in enumerate(cells):
+        if cell.cell_type == "markdown" and re.search(r"^\*\*\d\.\*\* ", cell.source, flags=re.M):
+            after = cells[i + 1 : i + 3]
+            folded = len(after) == 2 and {"hide-input", "hide-output"} <= set(book.tags(after[0]))
+            found.append(folded and re.search(r"\{+dropdown\}+ Solution", after[1].source) is not None)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem[:2].isdigit()], ids=lambda path: path.stem)
+def test_a_chapter_has_three_exercises_with_solutions_that_run(path):
+    notebook = book.read(path)
+    assert exercises(notebook) == [True] * 3
+    solution = max(i for i, cell in enumerate(notebook.cells) if "dropdown" in cell.source and "Solution" in cell.source)
+    notebook.cells.pop(solution)
+    assert exercises(notebook) == [True, True, False]
+
+
 # -- the book as a whole -------------------------------------------------------------------------------------
 
 
