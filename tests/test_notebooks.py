@@ -294,7 +294,7 @@ BAD = {
     "no alt text": (figures_described, figure(image_alt=""), "alt text"),
     "alt text is caption": (figures_described, figure(image_alt="Error against depth."), "alt text"),
     "half an alt text": (
-        figures_described, figure(figure_name="fig-a-cifar10", image_alt="On the digits the line rises."), "leaves out one"),
+        figures_described, figure(figure_name="fig-a-cifar10", image_alt="On the digits it rises."), "leaves out one"),
     "figure name": (figures_described, figure(figure_name="a"), "fig-"),
     "nothing said": (figures_described, lambda nb: nb.cells[4].update(metadata={}), "caption"),
     "two images": (figures_described, output(4, "display_data", {"image/svg+xml": "<svg/>"}), "two images"),
