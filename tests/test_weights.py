@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random as random_module
 import re
 import resource
 import struct
@@ -157,6 +158,43 @@ def test_a_flipped_bit_is_noticed_anywhere(tmp_path):
         for read in (load, header):
             with pytest.raises(ValueError, match=r"a\.safetensors is damaged: its content does not match its checksum"):
                 read(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("half", [False, True])
+def test_one_wrong_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, half):
+    """Only a letter's case can change without effect, where JSON has two forms of a number or an escape."""
+    path = save(small("pre"), tmp_path / "a.safetensors", seed=3, error=1e-7, half=half)
+    content, head, tensors = path.read_bytes(), header(path), load(path).state_dict()
+    length = 8 + struct.unpack("<Q", content[:8])[0]
+    random = random_module.Random(0)
+    for at in [*range(9), *random.sample(range(length), 400), *random.sample(range(length, len(content)), 100)]:
+        wrong = bytearray(content)
+        wrong[at] ^= 1 << random.randrange(8)
+        path.write_bytes(wrong)
+        try:
+            read, message = (header(path), load(path).state_dict()), None
+        except ValueError as error:
+            message = str(error)
+        if message:
+            assert message.startswith(f"{path} ")
+        else:
+            assert at < length
+            assert read[0] == head
+            assert all(torch.equal(read[1][name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_weights_of_another_network_are_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    chain = small("pre")
+    state = {**chain.state_dict(), "extra.weight": torch.zeros(2)}
+    del state["head.2.weight" if "head.2.weight" in state else next(reversed(chain.state_dict()))]
+    data_module.write_tensors(path, state, {"format": "unravelling/1", "architecture": chain.config})
+    with pytest.raises(ValueError, match=r"(?s)does not fit the architecture in its .*Missing key.*extra\.weight"):
+        load(path)
+    torch.save(chain.state_dict(), tmp_path / "a.pt")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"a\.pt"):
+        load(tmp_path / "a.pt")
 
 
 def test_a_file_from_before_the_checksum_loads(tmp_path):

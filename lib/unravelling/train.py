@@ -332,8 +332,9 @@ def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's content, or raise ValueError where it is damaged or belongs to another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := ", ".join(part for part in PARTS if part not in state):
-            raise ValueError(f"it lacks {missing}: was it written by fit?")
+        missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}: was it written by fit?")
         if state.pop("checksum") != checksum(state):
             raise ValueError("its content does not match its checksum")
         stored = json.loads(state["identity"])
