@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .stats import seed_band, wilson
-from .stored import DEFAULT_RECIPES, data_label, intact_error, stored
+from .stored import DEFAULT_RECIPES, IMAGES, data_label, intact_error, stored
 
 PAPER = "`make paper`"
 """The command that makes the results on CIFAR-10."""
@@ -31,18 +31,23 @@ def listed(items: Iterable[object], nothing: str = "none") -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def _runs(table: pd.DataFrame) -> pd.Series:
+    """Return how many seeds there are of each network and recipe."""
+    return table.groupby(["network", "recipe"])["seed"].nunique()
+
+
 def seeds(table: pd.DataFrame) -> str:
     """Return how many runs stand behind each network and recipe of a table: ``"seed 0"``, ``"1 to 3 seeds"``."""
     if table["seed"].nunique() == 1:
         return f"seed {int(table['seed'].iloc[0])}"
-    runs = table.groupby(["network", "recipe"])["seed"].nunique()
+    runs = _runs(table)
     return span(runs, "d", unit=" seed" if runs.max() == 1 else " seeds")
 
 
 def about(dataset: str, table: pd.DataFrame) -> str:
     """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
     if table.empty:
-        return {"cifar10": "CIFAR-10"}.get(dataset, dataset)
+        return IMAGES.get(dataset, dataset)
     recipes = sorted(table["recipe"].unique())
     copies = sorted({data_label(dataset, recipe=recipe) for recipe in recipes})
     return f"{listed(copies)}, recipe {listed(recipes)}, {seeds(table)}"
@@ -52,22 +57,21 @@ def label(dataset: str, recipe: str = "default") -> str:
     """Return what all networks of a data set and recipe are: `about` of the stored table ``networks``."""
     recipe = DEFAULT_RECIPES[dataset] if recipe == "default" else recipe
     table = stored(f"{dataset}/networks", recipe=recipe)
-    return about(dataset, table) if len(table) else f"{about(dataset, table)}, recipe {recipe}, no network yet"
+    return about(dataset, table) + ("" if len(table) else f", recipe {recipe}, no network yet")
 
 
 def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
     """Return a sentence that names the networks which tables of `unravelling.stored.both` lack, and the command."""
-    sentences = []
-    for dataset, table in tables.items():
-        if gaps := [network_label(name) for name in networks if name not in set(table["network"])]:
-            name = {"cifar10": "CIFAR-10"}.get(dataset, f"the {dataset}")
-            sentences.append(f"Not measured yet on {name}: {', '.join(gaps)}; {PAPER} does that.")
-    return " ".join(sentences)
+    gaps = {dataset: [n for n in networks if n not in set(table["network"])] for dataset, table in tables.items()}
+    return " ".join(
+        f"Not measured yet on {IMAGES.get(dataset, f'the {dataset}')}: {', '.join(map(network_label, missing))}; "
+        f"{PAPER} does that." for dataset, missing in gaps.items() if missing
+    )
 
 
 def one_seed(table: pd.DataFrame) -> str:
     """Return the sentence that says why numbers lack an interval over seeds, once a paragraph; nothing if none does."""
-    runs = table.groupby(["network", "recipe"])["seed"].nunique()
+    runs = _runs(table)
     if runs.min() > 1:
         return ""
     return "One seed: no interval over seeds." if runs.max() == 1 else "Where no interval is given, there is one seed."
@@ -101,24 +105,26 @@ def mean_interval(values: Any) -> tuple[float, float, float]:
     return tuple(seed_band(table, "all", "value").iloc[0][["mean", "low", "high"]])
 
 
+def _mean(values: Any, form: str, unit: str, name: str = "", least: float = -np.inf, most: float = np.inf) -> str:
+    """Return a mean with its unit and, of several values, the interval, cut off at ``least`` and ``most``."""
+    mean, *ends = mean_interval(values)
+    low, high = (number(end, form) for end in np.clip(ends, least, most))
+    return f"{number(mean, form)}{unit}" + (f" ({name}{low} to {high})" if np.size(values) > 1 else "")
+
+
 def over_seeds(values: Any, *, scale: float = 100, unit: str = " %", digits: int = 1) -> str:
     """Return a mean in words, times ``scale``, with its 95 % Student t interval where there are several seeds."""
-    mean, low, high = (number(scale * end, f".{digits}f") for end in mean_interval(values))
-    many = np.size(values)
-    return f"{mean}{unit}" + (f" (95 % interval over {many} seeds {low} to {high})" if many > 1 else "")
+    return _mean(scale * np.asarray(values), f".{digits}f", unit, f"95 % interval over {np.size(values)} seeds ")
 
 
 def percent(values: Any, digits: int = 1) -> str:
     """Return a fraction in per cent; for several, their mean and 95 % Student t interval, cut off at 0 and 100 %."""
-    mean, *ends = (100 * end for end in mean_interval(values))
-    low, high = (number(end, f".{digits}f") for end in np.clip(ends, 0, 100))
-    return f"{number(mean, f'.{digits}f')} %" + (f" ({low} to {high})" if np.size(values) > 1 else "")
+    return _mean(100 * np.asarray(values), f".{digits}f", " %", least=0, most=100)
 
 
 def points(values: Any, digits: int = 1, sign: str = "") -> str:
     """Return a difference of shares in percentage points, with ``sign="+"`` always signed; several as in `percent`."""
-    mean, low, high = (number(100 * end, f"{sign}.{digits}f") for end in mean_interval(values))
-    return f"{mean} points" + (f" ({low} to {high})" if np.size(values) > 1 else "")
+    return _mean(100 * np.asarray(values), f"{sign}.{digits}f", " points")
 
 
 def span(values: Any, form: str = ".1f", *, scale: float = 1, unit: str = "") -> str:
