@@ -5,8 +5,15 @@ from .data import Dataset, Split, cifar10, digits
 from .from_model import block_units, unravel
 from .lesion import delete_each, delete_random, reestimate_batch_norm, reorder, replace_branches, taylor_importance
 from .nets import build, plain, resnet, vgg
-from .paths import gradient_by_length, gradient_norms, mean_length
-from .paths import path_gradients, path_norms, sample_path_gradients, spectrum
+from .paths import (
+    gradient_by_length,
+    gradient_norms,
+    mean_length,
+    path_gradients,
+    path_norms,
+    sample_path_gradients,
+    spectrum,
+)
 from .train import RECIPES, Recipe, evaluate, fit
 from .weights import load, save
 

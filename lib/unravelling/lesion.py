@@ -25,16 +25,10 @@ from .stats import paired_bootstrap, wilson
 Loss = Callable[[Tensor, Any], Tensor]
 Function = Callable[[Tensor], Tensor]
 
+# Together, small states save launches; large ones leave the caches. For ResNet-110 on a CPU most of the gain is gone
+# between states of half a megabyte (128 digits, 8 images of CIFAR-10) and of two (500 and 32): room for the former.
 MAX_MEMORY = 2**26
-"""Bytes that `evaluate_variants` lets the states of a batch take unless told otherwise.
-
-Small states gain from being computed together, since launching costs more than computing; large ones lose what the
-caches give. For ResNet-110 on a CPU most of the gain is gone between states of half a megabyte (128 digits, 8 images of
-CIFAR-10) and of two (500 and 32). This bound gives 54 units room for the former, and little to the latter.
-"""
-
 KINDS = ("mean", "resample", "noise", "added noise")
-"""What `replace_branches` can put in the place of a branch."""
 
 
 def _parts(chain: Chain, variants: Sequence[Sequence[int]], others: Mapping[int, Function]) -> dict[int, Function]:
@@ -122,17 +116,9 @@ def _results(
 def variant_logits(
     chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits of many rearrangements of one chain, computed as `evaluate_variants` does.
+    """Return logits ``(variants, images, K)``, float32, and labels ``(images,)``; arguments as in `evaluate_variants`.
 
-    Args:
-        chain, data, variants, options: as in `evaluate_variants`, but for ``loss``.
-
-    Returns:
-        Logits ``(variants, images, K)``, float32, and labels ``(images,)``. All of them are kept: for language models,
-        with logits ``(variants, sequences, T, K)``, use `evaluate_variants`.
-
-    Raises:
-        ValueError, IndexError: as in `evaluate_variants`.
+    All logits are kept: for language models, with ``(variants, sequences, T, K)``, use `evaluate_variants`.
     """
     batches = list(_results(chain, data, variants, lambda out, _: out.float().cpu().numpy(), **options))
     logits = np.concatenate([np.stack(found) for found, _ in batches], 1)
@@ -140,27 +126,23 @@ def variant_logits(
 
 
 def evaluate_variants(
-    chain: Chain,
-    data: Split | Batches,
-    variants: Sequence[Sequence[int]],
-    loss: Loss | None = None,
-    **options: Any,
+    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], loss: Loss | None = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return errors and losses of many rearrangements of one chain, computing what they have in common only once.
 
     Each distinct prefix of units is computed once: deleting each of n units in turn takes n(n + 1) / 2 branch
     evaluations a batch, the intact network included, where a loop takes n². Small states of different variants go
-    through a unit as one batch. Where they do not, in eval mode, the results are those of the loop to the last bit;
-    where they do, PyTorch may choose another kernel for the larger batch, which rounds differently.
+    through a unit as one batch, for which PyTorch may choose a kernel that rounds differently; otherwise the results
+    are those of the loop to the last bit.
 
     Args:
         chain: the network; its modes and parameters stay as they are.
         data: a split, or `~unravelling.batches.Batches`.
         variants: each a sequence of units, where i is unit i and ``~i`` (that is -i - 1) is unit i deleted.
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
-        options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time is
-            computed whatever it is, which takes a state a unit and three more. ``dtype``, such as ``torch.bfloat16``,
-            for `torch.autocast`: several times faster where the hardware has it, and as exact as the type.
+        options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time,
+            which may take a state a unit and three more, is always computed. ``dtype`` for `torch.autocast`, such as
+            ``torch.bfloat16``: faster where the hardware has it, and as exact as the type.
 
     Returns:
         ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``. With labels ``(B, T)`` each row of tokens
@@ -182,7 +164,7 @@ def evaluate_variants(
 
 
 def _share(counts: np.ndarray) -> float:
-    """Return images over labels, which turns sums over an image's labels into what has the mean over all of them."""
+    """Return images over labels: the factor by which the mean of sums over an image's labels is that over labels."""
     if not counts.any():
         raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
     return len(counts) / counts.sum()
@@ -229,10 +211,7 @@ def score(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Return ``wrong`` (bool) and cross-entropy ``loss`` (nats), both ``(…, images)``, of logits ``(…, images, K)``.
 
     Labels ``(images,)`` may also be those of tokens, ``(images, T)``, for logits ``(…, images, T, K)``. A token with
-    the label -100 is not wrong and has the loss NaN.
-
-    Raises:
-        ValueError: a label is no number of a class.
+    the label -100 is not wrong and has the loss NaN. Raises ValueError for a label that is no class.
     """
     wrong, values, kept = _scores(torch.from_numpy(logits).double(), torch.from_numpy(labels))
     return wrong.numpy(), torch.where(kept, values, torch.nan).numpy()
@@ -279,14 +258,22 @@ def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataF
     return _units(chain).merge(_measure(chain, data, {"unit": chosen}, variants, **options), how="left")
 
 
+def _draws(
+    numbers: Iterable[Any] | Any, trials: int, seed: int, most: int, refusal: str
+) -> Iterator[tuple[Any, int, np.random.Generator]]:
+    """Yield each number with the number of each trial and the random generator of all; refuse what is out of range."""
+    check_positive(trials=trials)
+    numbers = list(numbers) if isinstance(numbers, Iterable) else [numbers]
+    for number in numbers:
+        if number is not None and not 0 <= number <= most:
+            raise ValueError(refusal.format(number, most))
+    random = np.random.default_rng(seed)
+    yield from ((number, trial, random) for number, trial in product(numbers, range(trials)))
+
+
 def delete_random(
-    chain: Chain,
-    data: Split | Batches,
-    k: int | Iterable[int],
-    trials: int,
-    seed: int = 0,
-    candidates: Sequence[int] | None = None,
-    **options: Any,
+    chain: Chain, data: Split | Batches, k: int | Iterable[int], trials: int, seed: int = 0,
+    candidates: Sequence[int] | None = None, **options: Any,
 ) -> pd.DataFrame:
     """Delete k units chosen at random, several times over (Veit et al., 2016, section 4.2 and figure 5a).
 
@@ -298,24 +285,18 @@ def delete_random(
         candidates: units to choose from; all that can be deleted when None.
 
     Returns:
-        One row a choice, with ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of
-        `summarize`.
+        One row a choice: ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of `summarize`.
 
     Raises:
         ValueError: k is larger than the number of candidates, or negative; there are no trials; or a candidate cannot
             be deleted.
         IndexError: a candidate does not exist.
     """
-    check_positive(trials=trials)
     free = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
-    numbers = list(k) if isinstance(k, Iterable) else [k]
-    for number in numbers:
-        if not 0 <= number <= len(pool):
-            raise ValueError(f"cannot delete {number} units: there are {len(pool)} to choose from")
-    random = np.random.default_rng(seed)
     rows, variants = [], []
-    for number, trial in product(numbers, range(trials)):
+    refusal = "cannot delete {} units: there are {} to choose from"
+    for number, trial, random in _draws(k, trials, seed, len(pool), refusal):
         gone = sorted(random.choice(pool, number, replace=False).tolist())
         rows.append({"k": number, "trial": trial, "units": " ".join(map(str, gone))})
         variants.append([~i if i in gone else i for i in range(len(chain))])
@@ -323,11 +304,7 @@ def delete_random(
 
 
 def reorder(
-    chain: Chain,
-    data: Split | Batches,
-    swaps: int | Iterable[int | None] | None,
-    trials: int,
-    seed: int = 0,
+    chain: Chain, data: Split | Batches, swaps: int | Iterable[int | None] | None, trials: int, seed: int = 0,
     **options: Any,
 ) -> pd.DataFrame:
     """Swap random pairs of units of equal shape, several times over (Veit et al., 2016, section 4.3 and figure 5b).
@@ -347,7 +324,6 @@ def reorder(
     Raises:
         ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
-    check_positive(trials=trials)
     stages: dict[int, list[int]] = {}
     for i, unit in enumerate(chain.units):
         if not unit.is_transition:
@@ -355,13 +331,9 @@ def reorder(
     pairs = [pair for members in stages.values() for pair in combinations(members, 2)]
     if not pairs:
         raise ValueError(f"no two of the {len(chain)} units can change places: no stage has two that keep the shape")
-    numbers = list(swaps) if isinstance(swaps, Iterable) else [swaps]
-    for number in numbers:
-        if number is not None and not 0 <= number <= len(pairs):
-            raise ValueError(f"cannot swap {number} different pairs: there are {len(pairs)} of equal shape")
-    random = np.random.default_rng(seed)
     rows, variants = [], []
-    for number, trial in product(numbers, range(trials)):
+    refusal = "cannot swap {} different pairs: there are {} of equal shape"
+    for number, trial, random in _draws(swaps, trials, seed, len(pairs), refusal):
         order = np.arange(len(chain))
         if number is None:
             for members in stages.values():
@@ -438,25 +410,19 @@ def _call_all(chain: Chain, x: Any, change: Callable[[int, Tensor], Tensor]) -> 
 
 def _branch_means(chain: Chain, data: Split | Batches) -> dict[int, Tensor]:
     """Return the mean of each unit's branch over all images, of the shape that the branch has for one."""
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
+    sums: dict[int, tuple[Tensor, int]] = {}
 
     def add(i: int, f: Tensor) -> Tensor:
-        if i in sums and sums[i].shape != f.shape[1:]:
+        total, count = sums.get(i, (torch.zeros_like(f[0]), 0))
+        if total.shape != f.shape[1:]:
             raise ValueError("the branches' outputs differ in size between batches: pass inputs of one size")
-        sums[i] = f.sum(0) + sums.get(i, 0)
-        counts[i] = len(f) + counts.get(i, 0)
+        sums[i] = total + f.sum(0), count + len(f)
         return f
 
     for x, _ in iterate(chain, data, labels=False):
         with eval_mode(chain), torch.inference_mode():
             _call_all(chain, x, add)
-    return {i: total / counts[i] for i, total in sums.items()}
-
-
-def _per_image(values: Tensor, f: Tensor) -> Tensor:
-    """Return values ``(B,)`` in the shape ``(B, 1, …)`` that multiplies a branch's output."""
-    return values.view(-1, *[1] * (f.dim() - 1))
+    return {i: total / count for i, (total, count) in sums.items()}
 
 
 def _substitute(kind: str, mean: Tensor | None, seed: list[int]) -> Function:
@@ -472,7 +438,7 @@ def _substitute(kind: str, mean: Tensor | None, seed: list[int]) -> Function:
             order = random.permutation(len(f))
             return f[np.roll(order, 1)[np.argsort(order)]]  # along one cycle, so that none keeps its own
         noise = torch.from_numpy(random.standard_normal(f.shape, np.float32)).to(f)
-        noise = noise * _per_image(f.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1), f)
+        noise = torch.einsum("b...,b->b...", noise, f.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1))
         return f + noise if kind == "added noise" else noise
 
     return change
@@ -481,8 +447,8 @@ def _substitute(kind: str, mean: Tensor | None, seed: list[int]) -> Function:
 def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = None) -> pd.DataFrame:
     """Predict from gradients what each deletion does: to first order in the branch, ⟨∂L/∂y_i, f_i⟩ for each image.
 
-    That is the derivative of an image's loss by a factor on the branch, the importance that Molchanov et al. (2017)
-    prune by. The gradient is taken at the sum, before the unit's ``post``.
+    That is the derivative of the loss by a factor on the branch, by which Molchanov et al. (2017) prune. The gradient
+    is taken at the sum, before the unit's ``post``.
 
     Args:
         chain, data: as in `delete_each`.
@@ -492,10 +458,7 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
         One row a unit, with ``unit``, ``name``, ``stage``, ``is_transition``; ``importance``, the mean over images of
         the derivative's absolute value (nats), with its 95 % bootstrap interval ``importance_low``,
         ``importance_high``; and ``delta_loss``, minus the mean derivative: the change by a deletion, to first order.
-        Missing values where the unit has no branch.
-
-    Raises:
-        ValueError: there is no label to score.
+        Missing values where the unit has no branch. Raises ValueError where there is no label to score.
     """
     slopes, counts = [], []
     for x, y in iterate(chain, data):
@@ -503,7 +466,7 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
 
         def scale(i: int, f: Tensor, factors: dict[int, Tensor] = factors) -> Tensor:
             factors[i] = torch.ones(len(f), dtype=f.dtype, device=f.device, requires_grad=True)
-            return f * _per_image(factors[i], f)
+            return torch.einsum("b...,b->b...", f, factors[i])
 
         with eval_mode(chain), torch.enable_grad():
             _, losses, kept = _score_batch(_call_all(chain, x, scale), y, loss)

@@ -1,8 +1,8 @@
 """One function for each kind of figure: a table goes in, the Axes come out. Nothing is read, computed or said here.
 
 Needs the optional matplotlib and seaborn. Figures are at most 6.4 inches wide with type of 11 points, so that they can
-be read on a telephone, and have a white background, so that they can be read in dark mode. Wherever a function takes
-``ax``, it draws there, or on new axes when it is None.
+be read on a telephone, and have a white background, so that they can be read in dark mode. Functions draw on ``ax``,
+or on new axes when it is None.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ def seed_lines(
     Args:
         table: one row for each seed and ``x``.
         x, value: columns of the horizontal axis and of what is averaged.
-        ax: where to draw.
         scale: factor on the values, such as 100 for per cent.
         log: average the logarithms, which gives the geometric mean, on a logarithmic axis; zeros are left out.
         style: passed to ``Axes.plot``, such as ``label`` and ``color``.
@@ -94,28 +93,20 @@ def not_measured(ax: Axes) -> Axes:
 
 
 def side_by_side(
-    draw: Callable[[pd.DataFrame, Axes], object],
-    tables: Mapping[str, pd.DataFrame],
-    *,
-    rows: Sequence[str] = (),
-    height: float = 3.6,
-    sharey: bool = True,
-    legend: int = 0,
+    draw: Callable[[pd.DataFrame, Axes], object], tables: Mapping[str, pd.DataFrame], *, rows: Sequence[str] = (),
+    height: float = 3.6, legend: int = 0,
 ) -> Figure:
-    """Draw the same quantity for several data sets, one column each, whose title says images, recipe and seeds.
-
-    A panel for which nothing is stored says so and stays empty.
+    """Draw a quantity for several data sets, a column each, under images, recipe and seeds; or say that there is none.
 
     Args:
         draw: draws a table on the axes that it is given.
         tables: of `unravelling.stored.both`.
         rows: networks that get a row of panels each; all in one row when empty.
         height: of a row, in inches.
-        sharey: as in ``plt.subplots``.
         legend: columns of one legend for all panels, below them; none when 0.
     """
     shape = (max(len(rows), 1), len(tables))
-    fig, axes = plt.subplots(*shape, figsize=(WIDTH, height * shape[0]), squeeze=False, sharey=sharey)
+    fig, axes = plt.subplots(*shape, figsize=(WIDTH, height * shape[0]), squeeze=False, sharey=True)
     for (line, network), (column, (dataset, table)) in product(enumerate(rows or [""]), enumerate(tables.items())):
         ax = axes[line, column]
         chosen = table[table["network"].isin([network, f"{network}-narrow"])] if network else table
@@ -140,15 +131,12 @@ def single_deletions(
 ) -> Axes:
     """Draw what each single deletion does, as figure 3 of Veit et al. (2016), with intervals.
 
-    Transition units are hollow diamonds, thin vertical lines begin the stages, and beside errors the intact network's
-    is a dashed line.
+    Transition units are hollow diamonds, and beside errors there are the `levels`.
 
     Args:
-        table: of `unravelling.lesion.delete_each`; where it has a column ``seed``, the seeds' mean and range are drawn,
-            otherwise the interval of the one network.
+        table: of `unravelling.lesion.delete_each`; where it has several seeds, their mean and range are drawn.
         value: what to draw: ``"error"``, ``"delta_error"`` or ``"delta_loss"``.
-        chance: error of guessing, drawn as a dotted line.
-        ax: where to draw.
+        chance: as in `levels`.
         color: of the points; that of the network's family when None.
     """
     ax = _axes(ax)
@@ -179,7 +167,7 @@ def quantile_fan(
 
     Args:
         table: one row for each draw.
-        x, value, ax, scale: as in `seed_lines`.
+        x, value, scale: as in `seed_lines`.
         color: of line and bands.
         label: for the legend.
     """
@@ -206,7 +194,6 @@ def chain_diagram(n: int = 3, *, off: Iterable[int] = (), residual: bool = True,
         n: number of units, numbered from 1 as in the paper's equations.
         off: units whose branch is switched off; without skips nothing passes them.
         residual: whether there are skips.
-        ax: where to draw.
     """
     ax, off = _axes(ax, 1.6), set(off)
     middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 13}
@@ -223,7 +210,7 @@ def chain_diagram(n: int = 3, *, off: Iterable[int] = (), residual: bool = True,
             a, b, top, r = left + 0.2, left + 1.72, 0.62, 0.15  # up, across with rounded corners, and down to the sum
             line = [(a, 0), (a, top - r), (a, top), (a + r, top), (b - r, top), (b, top), (b, top - r), (b, 0.17)]
             codes = [Path.MOVETO, Path.LINETO, *[Path.CURVE3] * 2, Path.LINETO, *[Path.CURVE3] * 2, Path.LINETO]
-            style = {"arrowstyle": "-|>", "mutation_scale": 11, "color": _BLUE, "lw": 2}
+            style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 11, "color": _BLUE, "lw": 2}
             ax.add_patch(FancyArrowPatch(path=Path(line, codes), **style))
             _arrow(ax, (left + 1.2, 0), (b - 0.14, 0), dead)
             ax.text(b, 0, "+", bbox={"boxstyle": "circle,pad=0.12", "fc": "white", "ec": "black", "lw": 1.2}, **middle)
@@ -242,14 +229,13 @@ def unravelled_diagram(n: int = 3, *, off: Iterable[int] = (), ax: Axes | None =
     Args:
         n: number of units, at most 5.
         off: units whose branch is switched off; the paths through them are drawn dead.
-        ax: where to draw.
     """
     if n > 5:
         raise ValueError(f"{2**n} paths do not fit on a page: draw at most 5 units, not {n}")
     ax, off = _axes(ax, 0.42 * 2**n + 0.3), set(off)
     paths = sorted(product((0, 1), repeat=n), key=lambda bits: (sum(bits), bits[::-1]))
     for row, bits in enumerate(paths):
-        y, taken = -0.62 * row, [i for i, bit in enumerate(bits, start=1) if bit]
+        y, taken = -0.62 * row, [i for i in range(1, n + 1) if bits[i - 1]]
         dead = not off.isdisjoint(taken)
         _arrow(ax, (0, y), (2 * n + 0.1, y), dead)
         for i in taken:
@@ -263,9 +249,8 @@ def unravelled_diagram(n: int = 3, *, off: Iterable[int] = (), ax: Axes | None =
 
 
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dead: bool) -> None:
-    style: dict[str, Any] = {"color": "0.75", "ls": ":"} if dead else {"color": "black"}
-    style |= {"arrowstyle": "-|>", "mutation_scale": 10, "shrinkA": 0, "shrinkB": 0, "lw": 1.3}
-    ax.add_patch(FancyArrowPatch(start, end, **style))
+    style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 10, "shrinkA": 0, "shrinkB": 0, "lw": 1.3}
+    ax.add_patch(FancyArrowPatch(start, end, color="0.75" if dead else "black", ls=":" if dead else "-", **style))
 
 
 def _box(ax: Axes, center: tuple[float, float], text: str, dead: bool, height: float = 0.6) -> None:

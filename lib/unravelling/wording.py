@@ -31,16 +31,11 @@ def listed(items: Iterable[object], nothing: str = "none") -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _runs(table: pd.DataFrame) -> pd.Series:
-    """Return how many seeds there are of each network and recipe."""
-    return table.groupby(["network", "recipe"])["seed"].nunique()
-
-
 def seeds(table: pd.DataFrame) -> str:
     """Return how many runs stand behind each network and recipe of a table: ``"seed 0"``, ``"1 to 3 seeds"``."""
     if table["seed"].nunique() == 1:
         return f"seed {int(table['seed'].iloc[0])}"
-    runs = _runs(table)
+    runs = table.groupby(["network", "recipe"])["seed"].nunique()
     return span(runs, "d", unit=" seed" if runs.max() == 1 else " seeds")
 
 
@@ -62,16 +57,16 @@ def label(dataset: str, recipe: str = "default") -> str:
 
 def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
     """Return a sentence that names the networks which tables of `unravelling.stored.both` lack, and the command."""
-    gaps = {dataset: [n for n in networks if n not in set(table["network"])] for dataset, table in tables.items()}
-    return " ".join(
-        f"Not measured yet on {IMAGES.get(dataset, f'the {dataset}')}: {', '.join(map(network_label, missing))}; "
-        f"{PAPER} does that." for dataset, missing in gaps.items() if missing
-    )
+    sentences = []
+    for dataset, table in tables.items():
+        if gaps := ", ".join(network_label(name) for name in networks if name not in set(table["network"])):
+            sentences.append(f"Not measured yet on {IMAGES.get(dataset, f'the {dataset}')}: {gaps}; {PAPER} does that.")
+    return " ".join(sentences)
 
 
 def one_seed(table: pd.DataFrame) -> str:
     """Return the sentence that says why numbers lack an interval over seeds, once a paragraph; nothing if none does."""
-    runs = _runs(table)
+    runs = table.groupby(["network", "recipe"])["seed"].nunique()
     if runs.min() > 1:
         return ""
     return "One seed: no interval over seeds." if runs.max() == 1 else "Where no interval is given, there is one seed."
@@ -105,10 +100,10 @@ def mean_interval(values: Any) -> tuple[float, float, float]:
     return tuple(seed_band(table, "all", "value").iloc[0][["mean", "low", "high"]])
 
 
-def _mean(values: Any, form: str, unit: str, name: str = "", least: float = -np.inf, most: float = np.inf) -> str:
-    """Return a mean with its unit and, of several values, the interval, cut off at ``least`` and ``most``."""
-    mean, *ends = mean_interval(values)
-    low, high = (number(end, form) for end in np.clip(ends, least, most))
+def _mean(values: Any, form: str, unit: str, name: str = "", ends: tuple[float, float] = (-np.inf, np.inf)) -> str:
+    """Return a mean with its unit and, of several values, the interval, as far as it lies between two ends."""
+    mean, *interval = mean_interval(values)
+    low, high = (number(end, form) for end in np.clip(interval, *ends))
     return f"{number(mean, form)}{unit}" + (f" ({name}{low} to {high})" if np.size(values) > 1 else "")
 
 
@@ -119,7 +114,7 @@ def over_seeds(values: Any, *, scale: float = 100, unit: str = " %", digits: int
 
 def percent(values: Any, digits: int = 1) -> str:
     """Return a fraction in per cent; for several, their mean and 95 % Student t interval, cut off at 0 and 100 %."""
-    return _mean(100 * np.asarray(values), f".{digits}f", " %", least=0, most=100)
+    return _mean(100 * np.asarray(values), f".{digits}f", " %", ends=(0, 100))
 
 
 def points(values: Any, digits: int = 1, sign: str = "") -> str:
