@@ -39,7 +39,15 @@ from .batches import move
 from .chain import Chain, Unit
 from .tracing.parts import Maker, Origin, make_parts
 from .tracing.reading import NotABlock, read
-from .tracing.trace import Unsupported, arguments, call, preserved, trace_by_export, trace_symbolically
+from .tracing.trace import (
+    Unsupported,
+    arguments,
+    call,
+    copies_of_buffers,
+    preserved,
+    trace_by_export,
+    trace_symbolically,
+)
 from .verify import gradients, refuse_unequal, verify
 
 Function = Callable[[Any, Tensor], Tensor]
@@ -114,6 +122,7 @@ def unravel(
     branch: str | Function | None = None,
     skip: str | Function | None = None,
     post: str | Function | None = None,
+    stream: str | None = None,
 ) -> Unravelled:
     """Return a model as a chain of units, which shares its parameters. The model stays as it is.
 
@@ -128,6 +137,8 @@ def unravel(
             name of an attribute. When None, the block's class or its graph tells.
         skip: with ``branch``, the shortcut, likewise; the identity when None.
         post: with ``branch``, what follows the sum, likewise; nothing when None.
+        stream: name of the input that the stream starts at, where the model takes several; what gives the most units
+            when None.
 
     Returns:
         A chain with a method ``verify``.
@@ -155,7 +166,7 @@ def unravel(
             makers: dict[str, Maker] = dict.fromkeys(by_hand or (), lambda block: [_unit(block, branch, skip, post)])
         else:
             makers = _registered(model, by_hand)
-        chain, remarks = _first_right_chain(model, x, makers, by_hand)
+        chain, remarks = _first_right_chain(model, x, makers, by_hand, stream)
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
     return chain
@@ -213,10 +224,10 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
             f"the forward of {type(model).__name__} takes several inputs ({names}): {error}. Give an example of them "
             "all, as a tuple or as a dict"
         ) from error
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = copies_of_buffers(model)
     with torch.no_grad():
         first = call(model, x)
-        changed = [name for name, b in model.named_buffers() if not torch.equal(b, before[name])]
+        changed = [name for name, (buffer, old) in before.items() if not torch.equal(buffer, old)]
         second = call(model, x)
     if not isinstance(first, Tensor):
         raise Unsupported(f"the model returns a {type(first).__name__}, in which there is no tensor of logits")
@@ -230,7 +241,7 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
 
 
 def _first_right_chain(
-    model: nn.Module, x: Any, makers: dict[str, Maker], by_hand: Sequence[str] | None
+    model: nn.Module, x: Any, makers: dict[str, Maker], by_hand: Sequence[str] | None, stream: str | None
 ) -> tuple[Unravelled, list[str]]:
     """Try the ways of tracing until one gives a chain that computes what the model does; return it, and remarks."""
     logits, remarks = (None, []) if x is None else _outputs(model, x)
@@ -252,8 +263,9 @@ def _first_right_chain(
             failures.append(f"{ways.pop(0)}: {next(iter(str(error).strip().splitlines()), repr(error))}")
             continue
         try:
-            reading, stretches, found = read(model, traced, makers, by_hand)
+            reading, stretches, found, notes = read(model, traced, makers, by_hand, stream)
             chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
+            chain.notes = [*chain.notes, *notes]
             if logits is not None:
                 refuse_unequal(chain, chain._origin, x, logits, expected)
             return chain, remarks + found
