@@ -75,7 +75,7 @@ def exact(chain, model, x=X, units=None, rounding=0.0):
     for unit in chain.units:
         out = unit(out)
     expected = torch.autograd.grad(F.cross_entropy(chain.head(out), y), state)[0]
-    assert torch.allclose(summed, expected, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(summed, expected, rtol=1e-4, atol=rounding + 1e-7)
 
 
 def quiet(model, x=X, **options):

@@ -45,10 +45,11 @@ from .tracing.trace import (
     call,
     copies_of_buffers,
     preserved,
+    refuse_hooks,
     trace_by_export,
     trace_symbolically,
 )
-from .verify import gradients, refuse_unequal, verify
+from .verify import gradients, refuse_at_other_sizes, refuse_unequal, verify
 
 Function = Callable[[Any, Tensor], Tensor]
 """What a part of a block computes from the block and the state."""
@@ -148,6 +149,10 @@ def unravel(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unravel takes a torch.nn.Module, not a {type(model).__name__}")
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # torch.compile, or several devices
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Unsupported("this model is a TorchScript program, whose modules are gone: pass the model it was made from")
     if isinstance(model, Chain):
         raise ValueError("this model is a chain already")
     if branch is None and (skip is not None or post is not None):
@@ -160,12 +165,13 @@ def unravel(
             stacklevel=2,
         )
     x = move(x, model)
-    with preserved(model):
+    with preserved(model), torch.enable_grad():
         by_hand = None if units is None else _named(model, units)
         if branch is not None:
             makers: dict[str, Maker] = dict.fromkeys(by_hand or (), lambda block: [_unit(block, branch, skip, post)])
         else:
             makers = _registered(model, by_hand)
+        refuse_hooks(model, layers=False)
         chain, remarks = _first_right_chain(model, x, makers, by_hand, stream)
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
@@ -257,6 +263,7 @@ def _first_right_chain(
             if ways[0] == "torch.fx":
                 traced = trace_symbolically(model, x, map(model.get_submodule, makers))
             else:
+                refuse_hooks(model, layers=True)
                 traced = trace_by_export(model, x)
         except Exception as error:
             refusal = refusal or (error if isinstance(error, Unsupported) else None)
@@ -268,6 +275,7 @@ def _first_right_chain(
             chain.notes = [*chain.notes, *notes]
             if logits is not None:
                 refuse_unequal(chain, chain._origin, x, logits, expected)
+                refuse_at_other_sizes(chain, chain._origin, x)
             return chain, remarks + found
         except NotABlock as error:
             makers = {name: maker for name, maker in makers.items() if name != str(error)}

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from ..chain import NoSkip, Unit
-from .reading import Reading, Stretch, Terms
+from .reading import Reading, Stretch, Terms, place
 from .trace import Traced, Unsupported, arguments
 
 Maker = Callable[[nn.Module], Sequence[Unit]]
@@ -174,10 +174,12 @@ def make_parts(
     output, first = reading.traced.output, stretches[0].state
     head = builder.part([(output, 1.0)], stretches[-1].post) or nn.Identity()
     late = [node for node in builder.carried if reading.latest[node] > reading.order[first]]
+    if late and reading.share_shapes(late, first):
+        return make_parts(model, x, reading, stretches, makers)
     if late:
         raise Unsupported(
-            f"skips cross: {late[0].name} is computed from the state of one unit and used by a later one, which no "
-            "chain of units does"
+            f"skips cross: what {place(reading, late[0])} computes from the state of one unit is used by a later one, "
+            "which no chain of units does"
         )
     several = len(reading.traced.inputs) > 1 or (x is not None and not isinstance(x, Tensor))
     stem = builder.stem(first, several, _shifts_labels(model))

@@ -149,7 +149,7 @@ def _read_from(
         reading, stretches, causes = other, found, others
     if not stretches:
         raise Unsupported(_nothing_found(model, reading, causes))
-    warnings = [f"{text} ({len(ends)} times, first in {place(reading, ends[0])})" for text, ends in causes.items()]
+    warnings = _told(reading, causes)
     loaded = [s for s in stretches if s.skip and s.branch and not s.exact_skip and reading.weights(s.skip_way(reading))]
     if len(loaded) > len(stretches) / 2 and all(_same_shape(reading, s.end, s.start) for s in loaded):
         warnings.append(
@@ -170,6 +170,10 @@ def _stretches(
     return sorted(stretches, key=lambda stretch: reading.order[stretch.end]), causes
 
 
+def _told(reading: Reading, causes: dict[str, list[fx.Node]]) -> list[str]:
+    return [f"{text} ({len(ends)} times, first in {place(reading, ends[0])})" for text, ends in causes.items()]
+
+
 def place(reading: Reading, node: fx.Node) -> str:
     """Return the name of the module whose forward computes a node."""
     return reading.owner(node).partition("@")[0] or "the forward of the model"
@@ -178,8 +182,8 @@ def place(reading: Reading, node: fx.Node) -> str:
 class Reading:
     """What is known of a traced model: where the stream runs, its cuts, and which module computes what."""
 
-    def __init__(self, traced: Traced, source: fx.Node, entry: fx.Node | None = None) -> None:
-        self.traced, self.source, self.entry = traced, source, entry or source
+    def __init__(self, traced: Traced, source: fx.Node, outer: Reading | None = None) -> None:
+        self.traced, self.source, self.entry = traced, source, outer.entry if outer else source
         self._survey()
         if traced.output not in self.active:
             raise Unsupported(f"the logits do not depend on the input {traced.inputs.get(source, source.name)!r}")
@@ -187,6 +191,8 @@ class Reading:
             self._survey()
         self.cuts = self._cuts()
         self.place = {node: i for i, node in enumerate(self.cuts)}
+        self.sums = self._sums()
+        self.known = outer.known | outer.sums if outer else {}  # additions, in the reading of a longer stream, too
 
     def _survey(self) -> None:
         nodes = list(self.traced.graph.nodes)
@@ -225,7 +231,26 @@ class Reading:
         for user in list(start.users):
             if user in inside:
                 user.replace_input_with(start, state)
-        return Reading(self.traced, state, self.entry)
+        return Reading(self.traced, state, self)
+
+    def share_shapes(self, late: Iterable[fx.Node], first: fx.Node) -> bool:
+        """Let values that depend on the shape of a later state alone be computed from one before ``first`` like it."""
+        early = sorted((n for n in self.active if self.order[n] <= self.order[first]), key=self.order.__getitem__)
+        todo, changed = list(late), False
+        while todo:
+            node = todo.pop()
+            for arg in node.all_input_nodes:
+                if arg not in self.active:
+                    todo.append(arg)
+                elif self.order[arg] > self.order[first] and node not in self.active:
+                    like = (str(arg.meta.get("shape")), arg.meta.get("dtype"))
+                    alike = [n for n in early if (str(n.meta.get("shape")), n.meta.get("dtype")) == like]
+                    if not alike or "shape" not in arg.meta:
+                        return False
+                    node.replace_input_with(arg, alike[-1])
+                    changed = True
+        self._survey()
+        return changed
 
     def restore(self, reading: Reading | None = None) -> None:
         """Undo what `rerooted` did to the graph, for the sake of another reading of it."""
@@ -329,6 +354,8 @@ class Reading:
 
     def output(self, node: fx.Node, outside: fx.Node | None = None) -> tuple[str, int] | None:
         """Return the module, and which of its calls, that returns a node's value and does not hold ``outside``."""
+        if node.target is operator.getitem and node.args[1] == 0:  # of several that it returns, as an LSTM does
+            node = node.args[0]  # type: ignore[assignment]
         for key, name in self.stacks[node]:
             if outside is not None and self.under(outside, key):
                 continue
@@ -356,8 +383,8 @@ class Reading:
             node = self.stream_args(node)[0]
         return node
 
-    def additions(self) -> dict[fx.Node, tuple[fx.Node, bool]]:
-        """Return the additions of two values that descend from one: that one, and whether it is one of the two.
+    def _sums(self) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:
+        """Return the additions of two values that descend from one: that one, whether it is one of them, has weights.
 
         Sums without weights of values that are both computed count for nothing, such as those in a rotation.
         """
@@ -367,10 +394,13 @@ class Reading:
             if pair is None or pair[0][0] is pair[1][0]:
                 continue
             early, late = sorted((self.itself(operand) for operand, _ in pair), key=self.order.__getitem__)
-            if any(early in n.all_input_nodes for n in self.between(early, late)):
-                found[node] = early, True
-            elif SUMS[name_of(node)] > 0 and self.weights(self.between(self.dominator[node], node), least=1):
-                found[node] = self.dominator[node], False
+            way = self.between(early, late)
+            if SUMS[name_of(node)] < 0 and not self.weights(way, least=1):
+                continue
+            if any(early in n.all_input_nodes for n in way):
+                found[node] = early, True, bool(self.weights(way))
+            elif self.weights(self.between(self.dominator[node], node), least=1):
+                found[node] = self.dominator[node], False, True
         return found
 
 
@@ -461,7 +491,7 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
                 "a sum is gated, as in a highway network: the weights of the gate decide how much of the skip and of "
                 "the branch comes in, so that there is no skip to be left alone"
             )
-        return "skips cross: both operands of a sum hold the same weights"
+        return "skips cross, or several streams run beside each other: both operands of a sum hold the same weights"
     skip, branch, same = [terms[i] for i in skips], [terms[i] for i in branches], False
     for (operand, factor), (other, sign) in (direct, direct[::-1]):
         if not same and [(operand, factor)] == skip and abs(factor) == abs(sign) == 1:
@@ -474,25 +504,25 @@ def _begins_within(reading: Reading, stretches: list[Stretch]) -> tuple[fx.Node,
 
     That is so where all that are no units lie between two neighbouring cuts, and are no fewer than the units.
     """
-    lost = _lost(reading, stretches)
+    lost = {node: found for node, found in _lost(reading, stretches).items() if node in reading.sums}
     cuts = [reading.order[cut] for cut in reading.cuts]
     beads = {bisect_left(cuts, reading.order[node]) for node in lost}
     if len(beads) != 1 or len(lost) < max(2, len([s for s in stretches if s.branch])):
         return None
-    spans = {node: reading.between(start, node) for node, (start, _) in lost.items()}
-    outer = [node for node in lost if not any(node in span for other, span in spans.items() if other is not node)]
-    chosen = [node for node in outer if lost[node][1]] or outer
-    return (lost[chosen[0]][0], chosen[0]) if chosen else None
+    clear = {node: found for node, found in lost.items() if found[1]} or lost
+    spans = {node: reading.between(start, node) for node, (start, *_) in clear.items()}
+    outer = [node for node in spans if not any(node in span for other, span in spans.items() if other is not node)]
+    return (clear[outer[0]][0], outer[0]) if outer else None
 
 
-def _lost(reading: Reading, stretches: list[Stretch]) -> dict[fx.Node, tuple[fx.Node, bool]]:
+def _lost(reading: Reading, stretches: list[Stretch]) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:
     """Return the additions that are part of no unit's sum."""
     summed: set[fx.Node] = set()
     for s in stretches:
         if s.branch:
             ways = [reading.between(s.start, node) for node, _ in [*s.skip, *s.branch] if node is not s.start]
             summed |= reading.between(s.start, s.end).difference(*ways)
-    return {node: found for node, found in reading.additions().items() if node not in summed}
+    return {node: found for node, found in (reading.known | reading.sums).items() if node not in summed}
 
 
 def _account(reading: Reading, stretches: list[Stretch]) -> tuple[bool, list[str]]:
@@ -502,8 +532,8 @@ def _account(reading: Reading, stretches: list[Stretch]) -> tuple[bool, list[str
         return False, []
     places: Counter[str] = Counter()
     serious = False
-    for node, (start, skip) in lost.items():
-        serious |= skip and bool(reading.weights(reading.between(start, node)))
+    for node, (_, skip, weighted) in lost.items():
+        serious |= skip and weighted
         before = [s for s in stretches if reading.order[s.end] <= reading.order[node]]
         around = next((s for s in stretches if node in reading.between(s.start, s.end)), None)
         if around is not None:
@@ -558,8 +588,7 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
     sums = [node for node in nodes if reading.operands(node) is not None]
     name = type(model).__name__
     if causes:
-        text, ends = next(iter(causes.items()))
-        return f"no chain of residual units computes {name}: {text} (first in {place(reading, ends[0])})"
+        return f"no chain of residual units computes {name}: {'; '.join(_told(reading, causes))}"
     if joins:
         what = f"{len(joins)} concatenations (the first in {place(reading, joins[0])})"
         return (
@@ -588,6 +617,7 @@ def _share_out(reading: Reading, stretches: list[Stretch]) -> None:
     """
     one_owner = len({stretch.owner for stretch in stretches}) == 1 and len(stretches) > 1
     posts: list[list[Any]] = []
+    first, state = stretches[0], stretches[0].start
     for stretch, after in zip(stretches, [*stretches[1:], None], strict=True):
         follow: list[fx.Node] = []
         for node in reading.cuts_after(stretch.end, after.start if after else None):
@@ -602,13 +632,12 @@ def _share_out(reading: Reading, stretches: list[Stretch]) -> None:
                 break
             follow.append(node)
         if after is not None and stretch.branch:
-            same = [i for i, node in enumerate([stretch.end, *follow]) if _same_shape(reading, node, stretch.start)]
+            same = [i for i, node in enumerate([stretch.end, *follow]) if _same_shape(reading, node, state)]
             keep = max(same, default=len(follow))
             if not reading.weights(follow[keep:], least=1):
                 follow = follow[:keep]
         posts.append([_operation(reading, node) for node in follow])
-        stretch.post = follow[-1] if follow else stretch.end
-    first = stretches[0]
+        stretch.post = state = follow[-1] if follow else stretch.end
     i = reading.place[first.start]
     while i > 0 and first.owner and not first.block and reading.under(reading.cuts[i], first.owner):
         i -= 1

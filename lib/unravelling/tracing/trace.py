@@ -295,6 +295,11 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
         names = [parameter.name for parameter in parameters]
     inputs = dict(zip(placeholders, names, strict=True))
     guards = getattr(getattr(module, "_guards_fn", None), "forward", None)
+    try:
+        if guards is not None:
+            guards(*tree_leaves((args, kwargs)))
+    except Exception:  # it cannot say its own names, as with **kwargs
+        guards = None
     _drop_casts(module.graph)
     results = tree_leaves(next(node for node in nodes if node.op == "output").args)
     sizes = {}
@@ -387,7 +392,8 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
         name, args, options = name_of(node), list(node.args), dict(node.kwargs)
         if name == "lerp" and "weight" in options:
             args.append(options.pop("weight"))
-        fused = len(args) == 3 and args[0] in stream and any(arg in stream for arg in args[1:])
+        active = [isinstance(arg, fx.Node) and arg in stream for arg in args]
+        fused = len(args) == 3 and active[0] and any(active[1:])
         stack = args[0] if name == "sum" and isinstance(args[0], fx.Node) and name_of(args[0]) == "stack" else None
         if name == "add" and args[0] == 0 and isinstance(args[1], fx.Node):
             new = args[1]
