@@ -29,7 +29,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import singledispatch
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -150,9 +150,11 @@ def unravel(
     if not isinstance(model, nn.Module):
         raise TypeError(f"unravel takes a torch.nn.Module, not a {type(model).__name__}")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # torch.compile, or several devices
+        model = cast("nn.Module", getattr(model, "_orig_mod", None) or model.module)  # in torch.compile, or a wrapper
     if isinstance(model, torch.jit.ScriptModule):
-        raise Unsupported("this model is a TorchScript program, whose modules are gone: pass the model it was made from")
+        raise Unsupported(
+            "this model is a TorchScript program, whose modules are gone: pass the model it was made from"
+        )
     if isinstance(model, Chain):
         raise ValueError("this model is a chain already")
     if branch is None and (skip is not None or post is not None):

@@ -116,8 +116,8 @@ class Stem(nn.Module):
                 self.guards(*values)
         except AssertionError as error:
             raise ValueError(
-                f"torch.export traced this chain for inputs of other sizes ({error}): the forward pass decides by them. "
-                "Unravel the model with an example of the new size"
+                f"torch.export traced this chain for inputs of other sizes ({error}): the forward pass decides by "
+                "them. Unravel the model with an example of the new size"
             ) from error
         result = self.code(*values)
         y, *values = result if isinstance(result, tuple) else (result,)

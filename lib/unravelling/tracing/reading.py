@@ -107,7 +107,7 @@ def read(
             refusal = refusal if str(refusal) else error
             continue
         if best is None or len(found[1]) > len(best[1]):
-            best, found = found, best  # type: ignore[assignment]
+            best, found = found, best
         if found is not None:
             found[0].restore()
     if best is None:
@@ -183,7 +183,8 @@ class Reading:
     """What is known of a traced model: where the stream runs, its cuts, and which module computes what."""
 
     def __init__(self, traced: Traced, source: fx.Node, outer: Reading | None = None) -> None:
-        self.traced, self.source, self.entry = traced, source, outer.entry if outer else source
+        self.traced, self.source = traced, source
+        self.entry: fx.Node = outer.entry if outer else source
         self._survey()
         if traced.output not in self.active:
             raise Unsupported(f"the logits do not depend on the input {traced.inputs.get(source, source.name)!r}")
@@ -192,7 +193,8 @@ class Reading:
         self.cuts = self._cuts()
         self.place = {node: i for i, node in enumerate(self.cuts)}
         self.sums = self._sums()
-        self.known = outer.known | outer.sums if outer else {}  # additions, in the reading of a longer stream, too
+        # additions in the reading of a longer stream
+        self.known: dict[fx.Node, tuple[fx.Node, bool, bool]] = outer.known | outer.sums if outer else {}
 
     def _survey(self) -> None:
         nodes = list(self.traced.graph.nodes)
@@ -500,9 +502,9 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
 
 
 def _begins_within(reading: Reading, stretches: list[Stretch]) -> tuple[fx.Node, fx.Node] | None:
-    """Return where the first of the additions starts and ends that one long skip, or way beside, keeps from being units.
+    """Return where the first addition starts and ends that one long skip, or way beside, keeps from being a unit.
 
-    That is so where all that are no units lie between two neighbouring cuts, and are no fewer than the units.
+    So it is where all that are no units lie between two neighbouring cuts, and are no fewer than the units.
     """
     lost = {node: found for node, found in _lost(reading, stretches).items() if node in reading.sums}
     cuts = [reading.order[cut] for cut in reading.cuts]

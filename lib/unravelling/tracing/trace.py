@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batches import LABELS
 
@@ -402,7 +402,7 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
             along = [*stack.args[1:], *stack.kwargs.values(), 0][0]
             if over not in ([along], [[along]]):
                 continue
-            new = reduce(partial(call, torch.add), stack.args[0])
+            new = reduce(partial(call, torch.add), cast("list[fx.Node]", stack.args[0]))
         elif fused and name == "lerp":
             rest = call(operator.sub, 1, args[2])
             new = call(torch.add, call(torch.mul, args[0], rest), call(torch.mul, args[1], args[2]))
