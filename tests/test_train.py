@@ -15,6 +15,7 @@ from helpers import images, mix_modes, small, snapshot
 from torch import nn
 from unravelling import RECIPES, Chain, Dataset, Recipe, digits, evaluate, fit, resnet
 from unravelling import train as train_module
+from unravelling.data import checksum
 from unravelling.train import as_tested, thinned
 
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True)
@@ -55,6 +56,14 @@ def same_bits(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_bits, a, b))
     return a == b
+
+
+def outcome(function, *arguments):
+    """What a function returns, and the message of the ValueError that it raises."""
+    try:
+        return function(*arguments), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 # ---------------------------------------------------------------- recipes
@@ -388,11 +397,54 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(data, checkpoint):
     assert finished_as_if_nothing_happened(data, checkpoint)
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_one_wrong_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(data, tmp_path, epochs):
+    """Some bytes of a zip file, such as its times, say nothing of the content."""
+    path, small_net = tmp_path / "a.pt", resnet(8, width=1, in_channels=1)
+    fit(small_net, data, TINY, checkpoint=path, stop_after=epochs, progress=False)
+    content, whole = path.read_bytes(), torch.load(path, weights_only=True)
+    identity = json.loads(whole["identity"])
+    random, noticed = np.random.default_rng(epochs), 0
+    tensors = [content.index(v.numpy().tobytes()) for v in whole["chain"].values() if v.dim() == 2]
+    places = [*tensors, *random.integers(len(content), size=400)]
+    for number, at in enumerate(places):
+        wrong = bytearray(content)
+        wrong[at] ^= 1 << random.integers(8)
+        path.write_bytes(wrong)
+        read, message = outcome(train_module._read, path, identity)
+        if message:
+            assert message.startswith(f"checkpoint {path} ")
+            noticed += 1
+        else:
+            assert number >= len(tensors)
+            assert same_bits(read, {name: value for name, value in whole.items() if name != "checksum"})
+    assert noticed > 200
+
+
+@pytest.mark.parametrize("lost", train_module.PARTS)
+def test_a_checkpoint_without_a_part_is_named(data, checkpoint, lost):
+    state = torch.load(checkpoint, weights_only=True)
+    del state[lost]
+    if lost != "checksum":
+        state["checksum"] = checksum({name: value for name, value in state.items() if name != "checksum"})
+    torch.save(state, checkpoint)
+    with pytest.raises(ValueError, match=rf"cannot be read \(it lacks {lost}: was it written by fit\?\): delete it"):
+        run(data, checkpoint=checkpoint)
+
+
+def test_a_foreign_state_dict_is_no_checkpoint(data, checkpoint):
+    for foreign in (net().state_dict(), [1, 2], torch.zeros(3), {"identity": "{}"}):
+        torch.save(foreign, checkpoint)
+        with pytest.raises(ValueError, match=r"^checkpoint .*a\.pt cannot be read \(.*written by fit\?\): delete"):
+            run(data, checkpoint=checkpoint)
+
+
 def test_a_checkpoint_from_before_a_field_of_the_recipe_goes_on(data, checkpoint):
     state = torch.load(checkpoint, weights_only=True)
     identity = json.loads(state["identity"])
     del identity["recipe"]["rescale"], identity["recipe"]["nesterov"], state["checksum"]
-    torch.save(state | {"identity": json.dumps(identity)}, checkpoint)
+    state["identity"] = json.dumps(identity)
+    torch.save(state | {"checksum": checksum(state)}, checkpoint)
     assert finished_as_if_nothing_happened(data, checkpoint)
     with pytest.raises(ValueError, match="belongs to another recipe"):
         run(data, dataclasses.replace(TINY, nesterov=True), checkpoint=checkpoint)

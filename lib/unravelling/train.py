@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,19 +29,14 @@ class Recipe:
 
     Attributes:
         name: shown in tables.
-        epochs: passes over the training images; None to count ``iterations`` instead.
-        iterations: steps in all; None to count ``epochs``.
+        epochs, iterations: passes over the training images, or steps in all; one of the two is None.
         batch_size: images a step.
         lr: peak learning rate.
         schedule: ``"onecycle"``, up to ``lr`` over the first quarter and down to zero, both as a cosine; or
             ``"steps"``, divided by 10 at each fraction of the run in ``milestones``.
-        milestones: when ``"steps"`` drops the rate.
         warmup: iterations at a tenth of ``lr`` before ``"steps"`` begins (He et al., 2015, for 110 layers).
-        momentum: of SGD.
-        nesterov: whether the momentum looks one step ahead, as in the recipe that Wilber published in 2016.
-        weight_decay: L2 penalty on all parameters.
-        crop: pixels of random shift each way.
-        flip: whether images are mirrored at random.
+        momentum, nesterov, weight_decay: as in `torch.optim.SGD`, on all parameters.
+        crop, flip: as in `~unravelling.data.augment`.
         survival: probability with which the last unit's branch takes part in a step, falling to it linearly from 1
             (stochastic depth, Huang et al., 2016); all branches always do when None.
         active: how many branches take part in each step, chosen at random among all units (Veit et al., 2016,
@@ -119,6 +114,10 @@ for _recipe in list(RECIPES.values()):
 RECIPES["digits-short-paths-long"] = replace(RECIPES["digits-short-paths"], name="digits-short-paths-long", epochs=60)
 
 
+PARTS = ("identity", "chain", "optimizer", "generator", "history", "checksum")
+"""What a checkpoint holds."""
+
+
 def fit(
     chain: Chain,
     data: Dataset,
@@ -155,19 +154,19 @@ def fit(
             fewer images than a batch needs.
         OSError: the checkpoint could not be written, as on a full disk; the earlier one is kept.
     """
-    size, images = recipe.batch_size, len(data.train)
-    steps = images // size
+    steps, device = len(data.train) // recipe.batch_size, device_of(chain)
     if not steps:
-        raise ValueError(f"a batch of {size} images needs at least as many: this split has {images}")
+        raise ValueError(
+            f"a batch of {recipe.batch_size} images needs at least as many: this split has {len(data.train)}"
+        )
     iterations = recipe.iterations or (recipe.epochs or 0) * steps
     chain.to(memory_format=torch.channels_last)
     options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
-    optimizer = torch.optim.SGD(chain.parameters(), **options)
-    generator = torch.Generator().manual_seed(seed)
+    optimizer, generator = torch.optim.SGD(chain.parameters(), **options), torch.Generator().manual_seed(seed)
     identity = {"recipe": asdict(recipe), "seed": seed}
     identity |= {"network": architecture_digest(chain), "data": fingerprint(data.train)}
     history: list[dict[str, Any]] = []
-    path = Path(checkpoint) if checkpoint is not None else None
+    path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         state = _read(path, identity)
         chain.load_state_dict(state["chain"])
@@ -176,12 +175,17 @@ def fit(
         history = state["history"]
     last = math.ceil(iterations / steps)
     last = last if stop_after is None else min(last, len(history) + stop_after)
-    bar = tqdm(
-        total=(last - len(history)) * steps, desc=f"training for {last} epochs", leave=False, disable=not progress
-    )
+    total = (last - len(history)) * steps
+    bar = tqdm(total=total, desc=f"training for {last} epochs", leave=False, disable=not progress)
     with bar, _denormals_flushed():
         for epoch in range(len(history), last):
-            row = _train_epoch(chain, data.train, recipe, optimizer, generator, epoch * steps, iterations, bar)
+            rates = [
+                recipe.lr_at(step, iterations) for step in range(epoch * steps, min((epoch + 1) * steps, iterations))
+            ]
+            batches = data.train.shuffled(
+                recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device
+            )
+            row = _train_epoch(chain, recipe, optimizer, generator, zip(rates, batches), bar)  # noqa: B905 (may be fewer)
             validation = evaluate(as_tested(chain, recipe), data.validation)
             row |= {f"validation_{key}": validation[key] for key in ("loss", "error")}
             history.append({"epoch": epoch + 1} | row)
@@ -189,13 +193,9 @@ def fit(
             if on_epoch is not None:
                 on_epoch(epoch + 1, chain)
             if path is not None:
-                state = {
-                    "identity": json.dumps(identity, sort_keys=True),
-                    "chain": chain.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                    "history": history,
-                }
+                state = {"identity": json.dumps(identity, sort_keys=True), "history": history}
+                state |= {"chain": chain.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"generator": generator.get_state()}
                 write_atomically(path, partial(torch.save, state | {"checksum": checksum(state)}))
     chain.eval()
     return pd.DataFrame(history)
@@ -203,25 +203,19 @@ def fit(
 
 def _train_epoch(
     chain: Chain,
-    split: Split,
     recipe: Recipe,
     optimizer: torch.optim.SGD,
     generator: torch.Generator,
-    first_step: int,
-    iterations: int,
+    steps: Iterable[tuple[float, tuple[Tensor, Tensor]]],
     bar: tqdm,
 ) -> dict[str, float]:
-    """Train for one epoch, or up to the last iteration, and return the row of the history."""
+    """Take steps, each with its learning rate and its batch, and return the row of the history."""
     device = device_of(chain)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and _has_bfloat16(device))
-    batches = split.shuffled(recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device)
     loss_sum, wrong = torch.zeros((), device=device), torch.zeros((), device=device)
     seen, lr = 0, 0.0
     chain.train()
-    for step, (x, y) in enumerate(batches, start=first_step):
-        if step >= iterations:
-            break
-        lr = recipe.lr_at(step, iterations)
+    for lr, (x, y) in steps:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
@@ -261,8 +255,7 @@ def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
         return chain
     n = len(chain)
     if recipe.active is not None:
-        keep = torch.zeros(n, dtype=torch.bool)
-        keep[torch.randperm(n, generator=generator)[: recipe.active]] = True
+        keep = torch.randperm(n, generator=generator).argsort() < recipe.active
     else:
         keep = torch.rand(n, generator=generator) < probability
     factor = 1 / probability if recipe.rescale else torch.ones(n)
@@ -339,7 +332,10 @@ def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's content, or raise ValueError where it is damaged or belongs to another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.pop("checksum", None) not in (None, checksum(state)):  # None in checkpoints from before there were any
+        missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}: was it written by fit?")
+        if state.pop("checksum") != checksum(state):
             raise ValueError("its content does not match its checksum")
         stored = json.loads(state["identity"])
         stored["recipe"] = json.loads(json.dumps(asdict(Recipe(**stored["recipe"]))))  # with fields that came later
