@@ -322,6 +322,31 @@ def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
         assert cells.commit() == "unknown"
 
 
+def test_the_commit_says_when_code_has_changed_since(tmp_path, monkeypatch):
+    project = tmp_path.resolve()
+    library = project / "lib/unravelling/__init__.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(project)]
+    for words_ in (["init", "--quiet"], ["add", "lib"], ["commit", "--quiet", "-m", "x"]):
+        subprocess.run([*git, *words_], check=True, timeout=60)
+    monkeypatch.setattr(cells, "ROOT", project)
+    monkeypatch.setattr(cells.unravelling, "__file__", str(library))
+    (project / "notes.txt").write_text("no code")
+    clean = cells.commit()
+    assert len(clean) == 12
+    (library.parent / "new.py").write_text("")
+    assert cells.commit() == f"{clean}+"
+
+
+def test_the_record_is_there_before_its_table(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(cells, "write_atomically", lambda path, write: written.append(path.name))
+    options = cells.parser("").parse_args(["--network", "resnet8", "--device", "cpu"])
+    cells.write(pd.DataFrame({"error": [0.5]}), tmp_path / "cell.csv", options, {})
+    assert written == ["cell.json", "cell.csv"]
+
+
 def test_jobs_share_the_gpus_out(monkeypatch):
     number = 100 + os.getpid() % 1000  # locks that no other test holds
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number + 2)
