@@ -285,7 +285,7 @@ def delete_random(
         candidates: units to choose from; all that can be deleted when None.
 
     Returns:
-        One row a choice: ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of `summarize`.
+        One row a choice, with ``k``, ``trial``, ``units`` (numbers, between spaces), then the columns of `summarize`.
 
     Raises:
         ValueError: k is larger than the number of candidates, or negative; there are no trials; or a candidate cannot
