@@ -203,7 +203,8 @@ def test_each_range_is_written_once():
 # -- floors --------------------------------------------------------------------------------------------------
 
 FLOORS = [
-    ["chain", "data", "stats"],
+    ["chain", "stats"],
+    ["data"],
     ["batches", "nets", "stored"],
     ["paths", "lesion", "train", "weights", "wording"],
     ["ensemble", "plots", "tracing.trace"],

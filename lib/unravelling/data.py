@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .chain import check_positive
+
 SPLITS = ("train", "test")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -29,6 +31,20 @@ LARGEST = 2**20
 """Bytes that the file of one image of 32×32 pixels may have."""
 
 Device = torch.device | str
+
+
+def _check_tensor(name: str, value: Any, dtype: torch.dtype, dimensions: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != len(dimensions):
+        found = f"one {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor ({', '.join(dimensions)}) of {dtype}, not {found}")
+
+
+def _check_device(device: Device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}): choose another, such as 'cpu'") from error
 
 
 @dataclass(frozen=True)
@@ -47,16 +63,35 @@ class Split:
     mean: Tensor
     std: Tensor
 
+    def __post_init__(self) -> None:
+        for name, dtype, dimensions in (
+            ("images", torch.uint8, "NCHW"),
+            ("labels", torch.int64, "N"),
+            ("mean", torch.float32, "C"),
+            ("std", torch.float32, "C"),
+        ):
+            _check_tensor(name, getattr(self, name), dtype, dimensions)
+        (n, channels), sizes = self.images.shape[:2], (len(self.labels), len(self.mean), len(self.std))
+        if sizes != (n, channels, channels):
+            raise ValueError(f"{n} images of {channels} channels need as many labels, means and stds, not {sizes}")
+        if (self.labels < 0).any():
+            raise ValueError(f"a label is {int(self.labels.min())}: expected classes from 0")
+        if not (self.mean.isfinite() & (self.std > 0)).all():
+            raise ValueError(f"std {self.std.tolist()} must be above 0: is a channel the same in all images?")
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 images ``(B, C, H, W)`` to float32, with mean 0 and deviation 1 over the training images."""
+        _check_tensor("images", images, torch.uint8, "BCHW")
         mean, std = (t.to(images.device).view(1, -1, 1, 1) for t in (self.mean, self.std))
         return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def batches(self, size: int = 500, device: Device = "cpu") -> list[tuple[Tensor, Tensor]]:
         """Return all images in order as normalised batches ``(B, C, H, W)`` with labels ``(B,)``."""
+        check_positive(size=size)
+        _check_device(device)
         pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
         return [(self.normalize(x.to(device)), y.to(device)) for x, y in pairs]
 
@@ -72,6 +107,8 @@ class Split:
             flip: whether half of the images are mirrored.
             device: where the batches go.
         """
+        check_positive(size=size, crop=crop or None)
+        _check_device(device)
         if size > len(self):
             raise ValueError(f"a batch of {size} images needs at least as many: this split has {len(self)}")
         order = torch.randperm(len(self), generator=generator)
@@ -81,7 +118,10 @@ class Split:
 
     def take(self, chosen: Tensor) -> Split:
         """Return the split of the images with the given indices."""
-        return Split(self.images[chosen], self.labels[chosen], self.mean, self.std)
+        try:
+            return Split(self.images[chosen], self.labels[chosen], self.mean, self.std)
+        except (IndexError, TypeError) as error:
+            raise ValueError(f"chosen must be indices, ``(N,)``, in a split of {len(self)} images: {error}") from error
 
     def stratified(self, per_class: int) -> Split:
         """Return the split of the first ``per_class`` images of every class, in their old order; always the same ones.
@@ -89,8 +129,9 @@ class Split:
         Raises:
             ValueError: a class has fewer images.
         """
+        check_positive(per_class=per_class)
         members = [torch.nonzero(self.labels == label).flatten() for label in self.labels.unique()]
-        fewest = min(map(len, members))
+        fewest = min(map(len, members), default=0)
         if fewest < per_class:
             raise ValueError(f"{per_class} images of every class are wanted, but one class has {fewest}: take fewer")
         return self.take(torch.cat([m[:per_class] for m in members]).sort().values)
@@ -192,6 +233,10 @@ def cifar10(
         raise FileNotFoundError(
             "where is CIFAR-10? Pass cifar10(root) or set UNRAVELLING_DATA; cifar10(root, download=True) fetches it"
         )
+    if not isinstance(root, (str, Path)):
+        raise TypeError(f"root is a {type(root).__name__}: expected the path of a folder or an archive")
+    if not (isinstance(per_class, tuple) and len(per_class) == 2 and per_class[0] > 1 and per_class[1] > 0):
+        raise ValueError(f"per_class {per_class!r} must be two numbers: at least 2 images to train on and 1 to test on")
     root, copy = Path(root).expanduser(), ""
     if download or (root / "cifar-10-batches-py").is_dir():
         pool, test = (_torchvision_files(root, train, download) for train in (True, False))
@@ -332,7 +377,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: Mapping[str, An
     Raises:
         OSError: as `write_atomically`.
     """
-    head = json.loads(json.dumps(about))
+    try:
+        head = json.loads(json.dumps(about))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the header of {path} must hold JSON values alone: {error}") from error
     head["checksum"] = checksum([head, tensors])
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {"unravelling": json.dumps(head)}))
 

@@ -67,7 +67,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError(f"recipe {self.name!r} needs either epochs or iterations")
-        check_positive(epochs=self.epochs, iterations=self.iterations, batch_size=self.batch_size)
+        check_positive(epochs=self.epochs, iterations=self.iterations, batch_size=self.batch_size, active=self.active)
+        check_positive(warmup=self.warmup or None, crop=self.crop or None)
+        for key in ("lr", "momentum", "weight_decay", "survival"):
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not a number of 0 or more")
         if self.survival is not None and self.active is not None:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
         if self.survival is not None and not 0 < self.survival <= 1:
@@ -154,6 +159,16 @@ def fit(
             fewer images than a batch needs.
         OSError: the checkpoint could not be written, as on a full disk; the earlier one is kept.
     """
+    for name, value, kind in (("chain", chain, Chain), ("data", data, Dataset), ("recipe", recipe, Recipe)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}: expected a {kind.__name__}")
+    check_positive(stop_after=stop_after or None)
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0, not {seed!r}")
+    if not len(data.validation):
+        raise ValueError("data.validation holds no images: training reports on some")
+    if max(int(split.labels.max()) for split in (data.train, data.validation) if len(split)) >= len(data.classes):
+        raise ValueError(f"a label is beyond the {len(data.classes)} classes of the dataset {data.name!r}")
     steps, device = len(data.train) // recipe.batch_size, device_of(chain)
     if not steps:
         raise ValueError(
@@ -185,7 +200,8 @@ def fit(
             batches = data.train.shuffled(
                 recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device
             )
-            row = _train_epoch(chain, recipe, optimizer, generator, zip(rates, batches), bar)  # noqa: B905 (may be fewer)
+            taken = zip(rates, batches, strict=False)
+            row = _train_epoch(chain, recipe, optimizer, generator, taken, len(data.classes), bar)
             validation = evaluate(as_tested(chain, recipe), data.validation)
             row |= {f"validation_{key}": validation[key] for key in ("loss", "error")}
             history.append({"epoch": epoch + 1} | row)
@@ -207,6 +223,7 @@ def _train_epoch(
     optimizer: torch.optim.SGD,
     generator: torch.Generator,
     steps: Iterable[tuple[float, tuple[Tensor, Tensor]]],
+    classes: int,
     bar: tqdm,
 ) -> dict[str, float]:
     """Take steps, each with its learning rate and its batch, and return the row of the history."""
@@ -221,6 +238,9 @@ def _train_epoch(
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = thinned(chain, recipe, generator)(x)
+        if logits.shape != (len(y), logits.shape[-1]) or logits.shape[-1] < classes:
+            shape = tuple(logits.shape)
+            raise ValueError(f"the network returns {shape} for {len(y)} images of {classes} classes: expected (B, K)")
         loss = cross_entropy(logits.float(), y)
         loss.backward()
         optimizer.step()
@@ -304,15 +324,28 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
     wrong, loss, images = 0, 0.0, 0
     for x, y in iterate(chain, data):
         with eval_mode(chain), torch.inference_mode():  # around the model alone: the iterator is the caller's
-            logits, labels = chain(x).cpu().double(), y.cpu()  # on the CPU, since a device may lack float64
+            logits, labels = chain(x), torch.as_tensor(y).cpu()
+            _check_logits(logits, labels)
             counted = labels != IGNORED
-            logits, labels = logits[counted], labels[counted]
+            logits, labels = logits.cpu().double()[counted], labels[counted]  # a device may lack float64
             wrong += int((logits.argmax(-1) != labels).sum())
             loss += float(cross_entropy(logits, labels, reduction="sum"))
             images += len(labels)
     if not images:
         raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
     return {"error": wrong / images, "loss": loss / images, "wrong": wrong, "images": images}
+
+
+def _check_logits(logits: Any, labels: Tensor) -> None:
+    """Raise ValueError for logits ``(…, K)`` that are NaN, or that do not fit labels ``(…)`` from 0 to K - 1."""
+    if not isinstance(logits, Tensor) or not logits.dim() or logits.shape[:-1] != labels.shape:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else f"of a {type(logits).__name__}"
+        raise ValueError(f"logits {shape} do not fit labels {tuple(labels.shape)}: expected (B, K) for (B,)")
+    counted, classes = labels[labels != IGNORED], logits.shape[-1]
+    if labels.is_floating_point() or ((counted < 0) | (counted >= classes)).any():
+        raise ValueError(f"labels must be whole numbers from 0 to {classes - 1}, or {IGNORED} for none: {labels}")
+    if logits.isnan().any():
+        raise ValueError("logits are NaN: the network's weights or the inputs are, or its training has diverged")
 
 
 def architecture_digest(chain: nn.Module) -> str:

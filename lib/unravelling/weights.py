@@ -34,6 +34,8 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
             an entry that is written anyway.
         OSError: the file could not be written; an earlier one is kept.
     """
+    if not isinstance(chain, Chain) or not isinstance(path, (str, Path)):
+        raise TypeError(f"expected a Chain and a path, not {type(chain).__name__} and {type(path).__name__}")
     if taken := sorted(header.keys() & set(OWN)):
         raise ValueError(f"the header's entry {taken[0]!r} is written by save itself: choose another name")
     changed = any(unit.is_deleted for unit in chain.units) or any(isinstance(part, Scale) for part in chain.modules())
@@ -81,6 +83,8 @@ def load(name: str | Path) -> Chain:
 
 
 def _locate(name: str | Path) -> Path:
+    if not isinstance(name, (str, Path)):
+        raise TypeError(f"name is a {type(name).__name__}: expected a shipped network's name, or the path of a file")
     path = Path(name)
     if path.suffix == ".safetensors":
         if path.is_file():
