@@ -1,5 +1,5 @@
 # make book      execute every notebook and build the pages        make refresh   write fresh outputs into book/
-# make test      lint, build, run every test and every notebook    make pages     the pages from the outputs in book/
+# make test      lint, make book, run every test                   make pages     the pages from the outputs in book/
 # make clean     remove _build, never runs, .venv, data            make bench     compare speed, side by side
 # make weights   train and measure the shipped networks anew       make paper     CIFAR-10, hours to days: stop at will
 #
@@ -32,7 +32,7 @@ RUN := .venv/bin/python
 NAMES := $(basename $(notdir $(wildcard book/*.ipynb)))
 LIBRARY := $(shell find lib/unravelling -name '*.py') $(wildcard book/*.py experiments/config.yaml)
 DATA := $(shell find data -not -path '*/.*')
-PAGES := _config.yml _toc.yml scripts/book.py $(LIBRARY) $(shell find book -type f -not -path '*/.*')
+PAGES := _config.yml _toc.yml $(wildcard scripts/*) $(LIBRARY) $(shell find book -type f -not -path '*/.*')
 
 book: _build/html/index.html
 	@echo "open $<"
@@ -62,13 +62,14 @@ ifneq ($(and $(PARAMETERS),$(filter refresh,$(MAKECMDGOALS))),)
 $(error book/ holds the outputs of the parameters as they stand there: make refresh without PARAMETERS)
 endif
 
-# Networks are small: a thread a process. A file's tests stay in one process, since a notebook's cells need each other,
-# and the notebooks begin, since the longest of them would be late otherwise.
+# Networks are small: a thread a process. The notebooks run once, as many at a time as JOBS says, and the tests look at
+# these runs and at the pages built from them; so a second `make test` executes only what changed, like `make book`.
+JOBS ?= 2
 test: export OMP_NUM_THREADS := 1
 test: .venv/.installed .venv/.experiments
 	$(RUN) -m ruff check .
-	@$(MAKE) --no-print-directory pages
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env book tests
+	@$(MAKE) --no-print-directory --jobs $(JOBS) book
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile tests
 
 # Snakemake and what it needs are installed for these two and the tests alone. Options and targets go into PAPER, such as
 # make paper PAPER='tier1 --cores 4', and make paper PAPER=-n says what remains. CIFAR-10 is where UNRAVELLING_DATA says.

@@ -168,6 +168,8 @@ def _put(row: Row, runs: Path, new: Path) -> None:
             if hashlib.sha256(path.read_bytes()).hexdigest() != about.pop("sha256"):
                 raise Refused(f"{path} is not what was measured: delete it, and have it measured again")
             cells[path.name] = _table(path), about
+            if not _is(row, cells[path.name][0]).all():
+                raise Refused(f"{path} is about another network, seed or recipe: put it where it belongs")
     if not cells:
         return
     sources = {about["weights"] for _, about in cells.values()}

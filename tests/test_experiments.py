@@ -232,6 +232,13 @@ def test_a_damaged_checkpoint_costs_one_epoch(tmp_path, monkeypatch, capsys):
     content[len(content) // 2] ^= 1
     checkpoint.write_bytes(content)
     (checkpoint.parent / ".checkpoint.pt.123").write_text("half")
+    previous = checkpoint.with_suffix(".previous.pt")
+    whole_before = previous.read_bytes()
+    previous.write_bytes(whole_before[:-1000])
+    assert train.main(words(TOY[0], "--out", out)) == 2
+    assert "checkpoint.previous.pt cannot be read" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == content  # for whoever can save it
+    previous.write_bytes(whole_before)
     trained(broken)
     said = capsys.readouterr().out
     assert "going on from the one before it" in said
@@ -283,20 +290,73 @@ def test_jobs_share_the_gpus_out(monkeypatch):
     assert cells._device("auto") == f"cuda:{number}"
 
 
-@pytest.mark.parametrize(("option", "value"), [("--device", "cuda:99"), ("--threads", "0"), ("--out", "w.pt")])
-def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path):
-    options = {"--network": "resnet8", "--out": str(tmp_path / "w.safetensors")} | {option: value}
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--device", "cuda:99"),
+        ("--device", "tpu"),
+        ("--device", ""),
+        ("--threads", "0"),
+        ("--out", "w.pt"),
+        ("--out", ""),
+        ("--out", "."),
+        ("--network", "rasnet8"),
+        ("--data", "nowhere"),
+    ],
+)
+def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"--network": "resnet8", "--out": str(tmp_path / "w.safetensors"), "--dataset": "digits"}
+    options |= {option: value} | ({"--dataset": "cifar10"} if option == "--data" else {})
     assert train.main([word for pair in options.items() for word in pair]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {option} {value}")
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert value in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", ["0-3000000000", "3000000000", "-1", "1.5", ""])
+def test_a_seed_is_one_number(seed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--network", "resnet8", f"--seed={seed}", "--out", "w.safetensors"])
+    assert f"{seed!r} is not one number from 0 to 2147483647" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"no weights"])
+def test_weights_that_cannot_be_read_are_named(content, tmp_path, capsys):
+    file = tmp_path / "w.safetensors"
+    if content:
+        file.write_bytes(content)
+    out = tmp_path / "cell.csv"
+    assert measure.main(words(TOY[0], "--what", "intact", "--weights", file, "--out", out)) == 2
+    assert "w.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="nothing says that a process loads PyTorch")
+@pytest.mark.parametrize("script", ["train", "measure", "collect"])
+def test_ctrl_c_while_pytorch_loads_needs_no_traceback(script):
+    command = [sys.executable, ROOT / f"experiments/{script}.py", "--help"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: "libtorch" in Path(f"/proc/{started.pid}/maps").read_text())
+    started.send_signal(signal.SIGINT)
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode == -signal.SIGINT
+    assert said == ""
 
 
 # the collector
 
 
 def test_rows_go_in_and_nothing_else_is_touched(runs, data):
-    before = contents(data)
+    networks, before = data / "results/digits/networks.csv", contents(data)
+    same_name = "digits,resnet8,0,digits-short-paths," + ",".join("1" * 10)  # another recipe
+    networks.write_bytes(networks.read_bytes() + same_name.encode() + b"\n")
+    os.link(networks, data / "link")
     assert collect.collect(TOY, runs, data) == []
+    assert (data / "link").read_text().endswith(same_name + "\n")  # the old file is replaced, not written into
+    (data / "link").unlink()
     after = contents(data)
+    assert same_name in after["results/digits/networks.csv"].decode().splitlines()
     for name, content in before.items():
         if name.endswith(".csv"):
             old, new = content.decode().splitlines(), after[name].decode().splitlines()
@@ -306,7 +366,7 @@ def test_rows_go_in_and_nothing_else_is_touched(runs, data):
     old, new = (json.loads(c["results/digits/provenance.json"]) for c in (before, after))
     for name, made in old.items():
         assert all(run in new[name] for run in made)
-    stored = pd.read_csv(data / "results/digits/networks.csv").query("network == 'resnet8'")
+    stored = pd.read_csv(networks).query("network == 'resnet8' and recipe == 'digits'")
     assert stored["test_error"].tolist() == [pd.read_csv(runs / r.folder / "networks.csv").test_error[0] for r in TOY]
     made = [run for run in new["intact.csv"] if "resnet8-seed1-digits" in run["seconds"]]
     assert made[0]["weights"]["resnet8-seed1-digits"] == cells.checksum(runs / TOY[1].folder / "weights.safetensors")
@@ -387,6 +447,49 @@ def test_results_on_other_weights_are_refused_by_name(runs, tmp_path, monkeypatc
     )
 
 
+def test_cells_of_another_row_are_refused(runs, tmp_path):
+    shutil.copytree(runs / TOY[1].folder, tmp_path / "runs" / TOY[0].folder)
+    (refused,) = collect.collect(TOY, tmp_path / "runs", tmp_path / "data")
+    assert "networks.csv is about another network, seed or recipe" in refused
+    assert set(contents(tmp_path / "data")) == {"RUNS.md"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results/digits/intact.csv", "dataset,network,seed,recipe,error\ndigits,resnet8,0", r"intact\.csv, line 2 is"),
+        ("results/digits/intact.csv", "<<<<<<< HEAD\n", r"intact\.csv, line 1 is broken: restore the file"),
+        ("results/digits/provenance.json", '{\n "a.csv": [\n', r"provenance\.json, line 3 is broken .*: restore"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line_and_nothing_changes(name, content, message, runs, tmp_path):
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        collect.collect(TOY, runs, tmp_path / "data")
+    assert contents(tmp_path / "data") == {name: content.encode()}
+
+
+@pytest.mark.parametrize("content", ['{"sha256": ', "{}", "[]", None])
+def test_a_cell_without_its_record_is_refused(content, runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    record = tmp_path / "runs" / TOY[0].folder / "intact.json"
+    record.write_text(content) if content else record.unlink()
+    (refused,) = collect.collect(TOY, tmp_path / "runs", tmp_path / "data")
+    assert "intact.csv" in refused
+    assert "delete both, measure again" in refused
+
+
+def test_a_broken_configuration_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(matrix, "__file__", str(tmp_path / "matrix.py"))
+    (tmp_path / "config.yaml").write_text("paper:\n  rows: [\n")
+    assert collect.main(["--runs", str(tmp_path), "--data", str(tmp_path / "data")]) == 2
+    said = capsys.readouterr().err
+    assert "config.yaml" in said
+    assert "line 3" in said
+
+
 def test_a_cell_that_was_changed_is_named(runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     path = tmp_path / "runs" / TOY[0].folder / "intact.csv"
@@ -447,14 +550,31 @@ def test_two_collectors_wait_for_each_other(runs, tmp_path):
         other.join(1)
         assert other.is_alive()
         assert not contents(tmp_path / "data")
+        meanwhile = tmp_path / "data/results/digits/meanwhile.csv"
+        meanwhile.parent.mkdir(parents=True)
+        meanwhile.write_text("dataset,network,seed,recipe\n")
     other.join(60)
-    assert contents(tmp_path / "data")
+    assert "RUNS.md" in contents(tmp_path / "data")
+    assert meanwhile.exists()  # the collector looked only when it had the lock
 
 
 def test_the_committed_page_is_what_the_committed_data_give():
     page = collect.runs_page(ROOT / "data")
     assert (ROOT / "data/RUNS.md").read_text(encoding="utf-8") == page
     assert "| 1 | resnet110 | 0 | short |" in page
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
+def test_results_name_the_weights_they_were_measured_on(dataset):
+    record = json.loads((ROOT / "data/results" / dataset / "provenance.json").read_text(encoding="utf-8"))
+    known = {str(row): row for target in matrix.TARGETS for row in matrix.rows(CONFIG, target)}
+    for name, made in record.items():
+        for run in made:
+            if run["command"].startswith("python experiments/"):  # older ones have no checksum
+                assert set(run["weights"]) == set(run["seconds"]), name
+            for row, weights in run.get("weights", {}).items():
+                shipped = collect._shipped(known[row], ROOT / "data") if row in known else None
+                assert shipped in (None, weights), (name, row)
 
 
 # Snakemake
@@ -504,11 +624,17 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(tm
     folder = tmp_path / "it's a place"
     folder.mkdir()
     row = folder / "runs" / TOY[0].folder
-    for number, kind in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)):
+    (folder / "runs").mkdir()
+    with FileLock(folder / "runs/.lock"):
+        second = snakemake(folder, row / "collected")
+        assert "another run is at work" in second.communicate(timeout=240)[0]
+    assert second.returncode
+    assert not row.exists()
+    for epochs, kind in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), start=1):
         started = snakemake(folder, row / "collected")
-        until(lambda epochs=5 * number + 1: epochs_of(row) >= epochs)  # each time further on
+        until(lambda epochs=epochs: epochs_of(row) >= epochs)
         children = psutil.Process(started.pid).children(recursive=True)
-        assert children
+        assert any("train.py" in " ".join(child.cmdline()) for child in children)
         started.send_signal(kind)
         started.wait(120)
         _, alive = psutil.wait_procs(children, timeout=60)
@@ -534,11 +660,12 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(tm
 def test_the_profiles_of_clusters_are_understood(profile, plugin, tmp_path):
     if importlib.util.find_spec(f"snakemake_executor_plugin_{plugin}") is None:
         pytest.skip(f"Snakemake's executor {plugin} is not installed: see experiments/requirements.txt")
-    where = ROOT / "experiments/profiles" / profile
-    started = snakemake(tmp_path, "toy", "--workflow-profile", where, "--dry-run")
+    where, nowhere = ROOT / "experiments/profiles" / profile, {"UNRAVELLING_DATA": str(tmp_path / "nowhere")}
+    started = snakemake(tmp_path, "tier1", "--workflow-profile", where, "--dry-run", **nowhere)
     said, _ = started.communicate(timeout=240)
     assert started.returncode == 0, said
-    assert said.count("gpu=1") == 4, said  # trainings and measurements
+    asked = [row for row in matrix.rows(CONFIG, "paper") if row.tier == 1]
+    assert said.count("gpu=1") == sum(1 + len(row.measurements) for row in asked)
 
 
 @pytest.mark.parametrize("profile", ["slurm", "kubernetes"])

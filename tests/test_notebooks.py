@@ -75,6 +75,8 @@ def figures_described(notebook):
             found.append("figure without a caption")
         if len(alt.split()) < 5 or alt == figure.get("caption"):
             found.append("figure without an alt text of its own")
+        if figure.get("name", "").endswith("cifar10") and not ("digits" in alt and "CIFAR-10" in alt):
+            found.append("an alt text that leaves out one of two data sets")
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     return found + ["Markdown image without alt text" for text in texts if re.search(r"!\[\s*\]\(", text)]
 
@@ -291,6 +293,8 @@ BAD = {
     "no caption": (figures_described, figure(figure_caption=""), "caption"),
     "no alt text": (figures_described, figure(image_alt=""), "alt text"),
     "alt text is caption": (figures_described, figure(image_alt="Error against depth."), "alt text"),
+    "half an alt text": (
+        figures_described, figure(figure_name="fig-a-cifar10", image_alt="On the digits it rises."), "leaves out one"),
     "figure name": (figures_described, figure(figure_name="a"), "fig-"),
     "nothing said": (figures_described, lambda nb: nb.cells[4].update(metadata={}), "caption"),
     "two images": (figures_described, output(4, "display_data", {"image/svg+xml": "<svg/>"}), "two images"),
@@ -343,6 +347,26 @@ def test_policy_rejects_a_bad_notebook(case):
 
 def test_every_policy_has_a_bad_example():
     assert {policy for policy, _, _ in BAD.values()} == set(POLICIES)
+
+
+def exercises(notebook):
+    """For each exercise, whether a folded code cell and then a folded solution follow it."""
+    cells, found = notebook.cells, []
+    for i, cell in enumerate(cells):
+        if cell.cell_type == "markdown" and re.search(r"^\*\*\d\.\*\* ", cell.source, flags=re.M):
+            after = cells[i + 1 : i + 3]
+            folded = len(after) == 2 and {"hide-input", "hide-output"} <= set(book.tags(after[0]))
+            found.append(folded and re.search(r"\{+dropdown\}+ Solution", after[1].source) is not None)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem[:2].isdigit()], ids=lambda path: path.stem)
+def test_a_chapter_has_three_exercises_with_solutions_that_run(path):
+    notebook = book.read(path)
+    assert exercises(notebook) == [True] * 3
+    solution = max(i for i, cell in enumerate(notebook.cells) if re.search(r"dropdown\}+ Solution", cell.source))
+    notebook.cells.pop(solution)
+    assert exercises(notebook) == [True, True, False]
 
 
 # -- the book as a whole -------------------------------------------------------------------------------------
