@@ -6,6 +6,7 @@ from .from_model import block_units, unravel
 from .lesion import delete_each, delete_random, reestimate_batch_norm, reorder
 from .nets import build, plain, resnet, vgg
 from .paths import (
+    canonical_split,
     gradient_by_length,
     gradient_norms,
     mean_length,
@@ -13,6 +14,7 @@ from .paths import (
     path_norms,
     sample_path_gradients,
     spectrum,
+    weight_spectrum,
 )
 from .train import RECIPES, Recipe, evaluate, fit
 from .weights import load, save
@@ -28,6 +30,7 @@ __all__ = [
     "Unit",
     "block_units",
     "build",
+    "canonical_split",
     "cifar10",
     "delete_each",
     "delete_random",
@@ -49,4 +52,5 @@ __all__ = [
     "spectrum",
     "unravel",
     "vgg",
+    "weight_spectrum",
 ]
