@@ -193,7 +193,7 @@ CALLS = [
         "dtype is torch.int64: expected a floating",
     ),
     (lambda: sample_path_gradients(CHAIN, X, Y, 3, 2), TypeError, "lengths is 3: expected several, such as a list"),
-    (lambda: sample_path_gradients(CHAIN, X, Y, [], 2), ValueError, "lengths is empty: name at least one"),
+    (lambda: sample_path_gradients(CHAIN, X, Y, [], 2), ValueError, "lengths is empty: expected at least one member"),
     (lambda: sample_path_gradients(CHAIN, X, Y, [1.5], 2), TypeError, "lengths must be a whole number, not 1.5"),
     (lambda: sample_path_gradients(CHAIN, X, Y, [7], 2), ValueError, "no path has length 7: this chain's have lengths"),
     (lambda: sample_path_gradients(CHAIN, X, Y, [1], 2.5), TypeError, "samples must be a whole number, not 2.5"),
@@ -226,7 +226,7 @@ CALLS = [
     (lambda: CHAIN.without(math.nan), IndexError, "unit nan does not exist"),
     (lambda: CHAIN.reordered(3), TypeError, "order is 3: expected several, such as a list of one"),
     (lambda: CHAIN.reordered(list("abcdef")), IndexError, "unit a does not exist"),
-    (lambda: predictions(CHAIN, [(X, Y)]), ValueError, "an ensemble needs at least one member: pass a list of chains"),
+    (lambda: predictions(CHAIN, [(X, Y)]), TypeError, "chains is resnet14: 6 units"),
     (lambda: predictions([nn.ReLU()], [(X, Y)]), TypeError, "chain is a ReLU: expected a Chain"),
     (lambda: predictions([CHAIN, CHAIN], iter([(X, Y)])), ValueError, "there are no batches: an iterator can be used"),
     (
@@ -271,7 +271,7 @@ CALLS = [
     (lambda: seed_band(pd.DataFrame({"k": [1], "e": ["a"]}), "k", "e"), TypeError, "the column e is "),
     (lambda: check_positive(trials="3"), TypeError, "trials must be a whole number, not '3'"),
     (lambda: check_number(3, trials=2), ValueError, "trials must be at least 3, not 2"),
-    (lambda: listed(k=iter(())), ValueError, "k is empty: name at least one"),
+    (lambda: listed(k=iter(())), ValueError, "k is empty: expected at least one member"),
 ]
 
 
@@ -342,7 +342,7 @@ FUZZED[path_norms]["seed"] = FUZZED[sample_path_gradients]["seed"] = 0
 SLOTS = [(function, name) for function, arguments in FUZZED.items() for name in arguments]
 SYNONYMS = {
     **dict.fromkeys(["x", "batch", "data"], r"\bx\b|batch|inputs|network"),
-    **dict.fromkeys(["y", "labels"], r"\by\b|label"),
+    **dict.fromkeys(["y", "labels"], r"\by\b|label|batch"),
     **dict.fromkeys(["count", "first", "second", "images"], r"counts|count|first|second|images|numbers"),
     **{
         "chain": "chain|batch norm",
@@ -351,7 +351,13 @@ SYNONYMS = {
         "order": "order|unit",
         "name": "network",
     },
-    **{"removed": "remove|member", "logits": "logits|labels", "active": "active|units", "lengths": "length"},
+    **{
+        "depth": "depth|vgg",
+        "removed": "remove|member",
+        "logits": "logits|labels",
+        "active": "active|units",
+        "lengths": "length",
+    },
     **{"by": "column|table", "value": "column", "n": r"\bn\b|units", "d": r"\bd\b|units"},
 }
 

@@ -53,21 +53,29 @@ def move(x: Any, module: nn.Module) -> Any:
     return x.to(device_of(module))
 
 
-def _check(chain: nn.Module, *parts: Any) -> None:
-    """Raise TypeError or ValueError for inputs, and labels where there are some, that no network can take."""
+def _received(chain: nn.Module, **parts: Any) -> list[Any]:
+    """Bring inputs ``x``, and labels ``y`` where there are some, to a chain; raise where no network can take them."""
+    if not isinstance(chain, nn.Module):
+        raise TypeError(f"chain is a {type(chain).__name__}: expected a network, an nn.Module")
     if device_of(chain).type == "meta":
         raise ValueError("the network's weights are on the device meta, where they have no values: load them first")
-    tensors = [*_tensors(parts[0])]
-    if not tensors and (isinstance(parts[0], (Split, Dataset)) or not hasattr(parts[0], "to")):
-        kind = type(parts[0]).__name__
+    for name, part in parts.items():
+        try:
+            parts[name] = move(part, chain)
+        except (TypeError, NotImplementedError) as error:
+            raise TypeError(f"{name} cannot be brought to the network: {error}") from error
+    x, tensors = parts["x"], [*_tensors(parts["x"])]
+    if not tensors and (isinstance(x, (Split, Dataset)) or not hasattr(x, "to")):
+        kind = type(x).__name__
         raise TypeError(f"x, the inputs, is a {kind} without a tensor: expected a batch, such as images (B, C, H, W)")
-    lengths = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
+    lengths = [len(part) for part in parts.values() if isinstance(part, Tensor) and part.dim()]
     if 0 in lengths:
         raise ValueError("a batch holds no images: leave it out")
-    if any(x.isnan().any() for x in tensors if x.is_floating_point()):
+    if any(tensor.isnan().any() for tensor in tensors if tensor.is_floating_point()):
         raise ValueError("x, the inputs, hold NaN: leave such images out, or look for a division by zero before")
     if len(lengths) == 2 and lengths[0] != lengths[1]:
         raise ValueError(f"there are {lengths[0]} inputs, but {lengths[1]} labels: expected one y for each x")
+    return list(parts.values())
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
@@ -128,27 +136,27 @@ def inputs_and_labels(chain: nn.Module, batch: Any) -> tuple[Any, Any]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             raise ValueError(f"a batch is a {kind}: expected a pair of inputs and labels, or a dict with 'labels'")
-        x, y = move(batch[0], chain), move(batch[1], chain)
-        _check(chain, x, y)
+        x, y = _received(chain, x=batch[0], y=batch[1])
         return x, y
     name = next((name for name in LABELS if name in batch), None)
     if name is None:
         raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
-    y = move(batch[name], chain)
+    x, y = _received(chain, x=_inputs_alone(batch), y=batch[name])
     if getattr(getattr(chain, "stem", None), "shift_labels", False) and y.dim() == 2:
         y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)
-    x = inputs_of(chain, batch)
-    _check(chain, x, y)
     return x, y
 
 
 def inputs_of(chain: nn.Module, batch: Any) -> Any:
     """Return the inputs alone, on the chain's device, of a batch that needs no labels; a tensor is taken for inputs."""
-    if isinstance(batch, Mapping):
-        batch = {key: value for key, value in batch.items() if key not in LABELS}
-    x = move(batch[0] if isinstance(batch, (tuple, list)) and batch else batch, chain)
-    _check(chain, x)
+    (x,) = _received(chain, x=_inputs_alone(batch))
     return x
+
+
+def _inputs_alone(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in LABELS}
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
 def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> Iterator[tuple[Any, Any]]:

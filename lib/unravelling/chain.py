@@ -41,11 +41,12 @@ def check_chain(chain: Any) -> Chain:
 def listed(**values: Any) -> list:
     """Return the one argument given by name as a list, or raise TypeError or ValueError where nothing is in it."""
     ((name, value),) = values.items()
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} is {value!r:.80}: expected several, such as a list of one")
-    several = list(value)
+    try:
+        several = list(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is {value!r:.80}: expected several, such as a list of one") from error
     if not several:
-        raise ValueError(f"{name} is empty: name at least one")
+        raise ValueError(f"{name} is empty: expected at least one member")
     return several
 
 

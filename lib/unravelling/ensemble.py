@@ -17,9 +17,7 @@ from .lesion import score, summarize, variant_logits
 
 def predictions(chains: Sequence[Chain], data: Split | Batches) -> tuple[np.ndarray, np.ndarray]:
     """Return logits ``(members, images, K)`` of several networks on the same images, and labels ``(images,)``."""
-    members = [check_chain(chain) for chain in chains] if isinstance(chains, Iterable) else []
-    if not members:
-        raise ValueError("an ensemble needs at least one member: pass a list of chains")
+    members = [check_chain(chain) for chain in listed(chains=chains)]
     logits = [variant_logits(chain, data, [range(len(chain))]) for chain in members]
     if len({member.shape for member, _ in logits}) > 1:
         raise ValueError("the members do not have the same classes: their logits differ in shape")
@@ -65,7 +63,9 @@ def remove_members(
     check_positive(trials=trials)
     logits = _members(logits)
     if np.shape(labels)[:1] != logits.shape[1:2]:
-        raise ValueError(f"labels has shape {tuple(np.shape(labels))}: expected one for each of {logits.shape[1]} images")
+        raise ValueError(
+            f"labels has shape {tuple(np.shape(labels))}: expected one for each of {logits.shape[1]} images"
+        )
     members, labels = len(logits), np.asarray(labels)
     random = np.random.default_rng(check_number(seed=seed))
     rows, averages = [], [average(logits)]

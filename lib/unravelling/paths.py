@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import check_labels, device_of, inputs_and_labels, inputs_of, named_failure
-from .chain import Chain, Unit, check_chain, check_number, check_positive, listed
+from .chain import Chain, Unit, check_chain, check_number, listed
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -31,8 +31,10 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     Labels of -100 are ignored.
 
     Raises:
-        ValueError: a label is no class, or none is left.
+        TypeError, ValueError: a label is no class, or none is left.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits is a {type(logits).__name__}: expected a tensor (B, K), or a loss of your own")
     logits, y = (logits.flatten(0, 1), y.flatten()) if logits.dim() == 3 else (logits, y)
     check_labels(logits, y)
     return F.cross_entropy(logits, y if y.is_floating_point() else y.long())
@@ -130,7 +132,7 @@ def gradient_by_length(
         TypeError, ValueError: as in `gradient_norms`; or the chain is in training mode, or ``at``, ``max_length`` or
             ``dtype`` makes no sense.
     """
-    if at not in ("stem", "pixels"):
+    if not isinstance(at, str) or at not in ("stem", "pixels"):
         raise ValueError(f'at is {at!r}: the gradient is taken at "stem" or "pixels"')
     if max_length is not None and check_number(max_length=max_length) > len(check_chain(chain)):
         raise ValueError(f"max_length {max_length} makes no sense: paths have lengths 0 to {len(chain)}")
@@ -322,7 +324,7 @@ def sample_path_gradients(
         TypeError, ValueError: as in `gradient_norms`; or there is no path of such a length, there are no samples, or
             the chain is in training mode.
     """
-    check_positive(samples=samples)
+    check_number(1, samples=samples)
     free, always = _choices(check_chain(chain))
     lengths = [check_number(lengths=k) for k in listed(lengths=lengths)]
     shortest, longest = len(always), len(always) + len(free)

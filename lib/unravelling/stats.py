@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from numbers import Integral, Real
 
 import numpy as np
@@ -17,7 +17,10 @@ def _check_level(level: float) -> float:
 
 def _numbers(name: str, values: object) -> np.ndarray:
     """Return an array of numbers, or raise TypeError for anything else."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is no array: {error}") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} is {values!r:.80}: expected numbers")
     return array
@@ -64,8 +67,10 @@ def error_difference(first: float, second: float, images: int, level: float = 0.
     Raises:
         ValueError: an error lies outside 0 to 1.
     """
-    errors = np.array([_numbers("first", first), _numbers("second", second)], float)
-    (low, low_2), (high, high_2) = wilson(errors * _numbers("images", images), images, level)
+    given = [_numbers(name, value) for name, value in {"first": first, "second": second, "images": images}.items()]
+    if any(number.size != 1 for number in given):
+        raise ValueError("first, second and images must be one number each")
+    (low, low_2), (high, high_2) = wilson(np.array([first, second]) * images, images, level)
     below, above = np.hypot(second - low_2, high - first), np.hypot(high_2 - second, first - low)
     return float(second - first - below), float(second - first + above)
 
@@ -119,12 +124,14 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
 
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"table is a {type(table).__name__}: expected a DataFrame")
-    by = [by] if isinstance(by, str) else list(by) if isinstance(by, Sequence) else by
-    for name in [*by, value]:
-        if name not in list(table):
+    columns = [by] if isinstance(by, str) else list(by) if isinstance(by, Sequence) else []
+    if not columns:
+        raise TypeError(f"by is {by!r:.80}: expected a column or several")
+    for name in [*columns, value]:
+        if not isinstance(name, Hashable) or name not in table.columns:
             raise ValueError(f"there is no column {name!r:.80} in the table: it has {', '.join(map(str, table))}")
     _numbers(f"the column {value}", table[value])
-    groups = table.groupby(by, sort=False)[value]
+    groups = table.groupby(columns, sort=False)[value]
     band = groups.agg(mean="mean", std="std", seeds="count").reset_index()
     half = t.ppf((1 + _check_level(level)) / 2, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
     band["low"], band["high"] = band["mean"] - half, band["mean"] + half
