@@ -31,6 +31,12 @@ def check_positive(**numbers: Any) -> None:
             check_number(1, **{name: number})
 
 
+def _check_kind(kind: type, **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}: expected {kind.__name__}")
+
+
 def check_chain(chain: Any) -> Chain:
     """Return a chain as it is, or raise TypeError for anything else."""
     if not isinstance(chain, Chain):
@@ -132,9 +138,8 @@ class Unit(nn.Module):
         transition: bool | None = None,
     ) -> None:
         super().__init__()
-        for part, module in {"branch": branch, "skip": skip, "post": post}.items():
-            if module is not None and not isinstance(module, nn.Module):
-                raise TypeError(f"{part} is a {type(module).__name__}: expected an nn.Module, or None")
+        parts = {"branch": branch, "skip": skip, "post": post}
+        _check_kind(nn.Module, **{name: part for name, part in parts.items() if part is not None})
         self.branch = branch
         self.skip = nn.Identity() if skip is None else skip
         self.post = nn.Identity() if post is None else post
@@ -222,15 +227,11 @@ class Chain(nn.Module):
 
     def __init__(self, stem: nn.Module, units: Iterable[Unit], head: nn.Module, config: dict | None = None) -> None:
         super().__init__()
-        for part, module in {"stem": stem, "head": head}.items():
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"{part} is a {type(module).__name__}: expected an nn.Module, such as nn.Identity()")
-        if not isinstance(units, Iterable):
-            raise TypeError(f"units is a {type(units).__name__}: expected several of the kind Unit")
+        _check_kind(nn.Module, stem=stem, head=head)
+        _check_kind(Iterable, units=units)
         units = list(units)
         for unit in units:
-            if not isinstance(unit, Unit):
-                raise TypeError(f"one of the units is a {type(unit).__name__}: expected a Unit, such as Unit(branch)")
+            _check_kind(Unit, unit=unit)
         self.stem = stem
         self.units = cast("Sequence[Unit]", nn.ModuleList(units))
         self.head = head

@@ -1,4 +1,9 @@
-"""The gradient along the 2^n paths of a chain."""
+"""The gradient along the 2^n paths of a chain.
+
+Every function of a chain raises TypeError for an argument of the wrong kind, and ValueError where labels do not fit,
+the inputs hold NaN, the network cannot take them, draws random numbers or is in training mode (but for
+`gradient_norms`), or the loss is no scalar.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -52,10 +57,6 @@ def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
 
     Returns:
         One row a state, with ``state`` (0 to n), ``gradient_norm`` over the whole batch.
-
-    Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: labels do not fit, the inputs hold NaN, the network cannot take them, or the loss is no scalar.
     """
     x, y = _inputs(chain, x, y, loss)
     with _as_found(chain):
@@ -85,7 +86,7 @@ def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
 
     Raises:
-        TypeError, ValueError: as in `gradient_norms`; or the chain has more than 12 units, or is in training mode.
+        ValueError: the chain has more than 12 units.
     """
     if len(check_chain(chain)) > 12:
         raise ValueError(f"{len(chain)} units make 2^{len(chain)} paths: use gradient_by_length for more than 12")
@@ -129,8 +130,7 @@ def gradient_by_length(
         ``(m + 2, B, …)``, where the last is the sum over all paths longer than m.
 
     Raises:
-        TypeError, ValueError: as in `gradient_norms`; or the chain is in training mode, or ``at``, ``max_length`` or
-            ``dtype`` makes no sense.
+        TypeError, ValueError: ``at``, ``max_length`` or ``dtype`` makes no sense.
     """
     if not isinstance(at, str) or at not in ("stem", "pixels"):
         raise ValueError(f'at is {at!r}: the gradient is taken at "stem" or "pixels"')
@@ -175,8 +175,8 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
     if gradients.dim() < 2 or not gradients.numel() or gradients.isnan().any():
         shape = tuple(gradients.shape)
         raise ValueError(f"gradients has shape {shape}, or holds NaN: expected (n + 1, B, …) from gradient_by_length")
-    flat = _double(gradients).flatten(2) if per_sample else _double(gradients).flatten(1)[:, None]
-    flat = flat if flat.dim() == 3 else flat[..., None]
+    flat = _double(gradients)
+    flat = flat.reshape(*flat.shape[:2], -1) if per_sample else flat.flatten(1)[:, None]
     whole = flat.sum(0)
     norm = flat.norm(dim=-1)
     lengths, samples = norm.shape
@@ -209,8 +209,7 @@ def weight_spectrum(
         together the share of a length is the sum over its rows, its norm the root of the sum of squares.
 
     Raises:
-        TypeError, ValueError: as in `gradient_norms`; or the chain is in training mode, no branch has weights, or two
-            share some.
+        ValueError: no branch has weights, or two share some.
     """
     branches = [unit.branch for unit in check_chain(chain).units if unit.branch is not None]
     weights = [id(weight) for branch in branches for weight in branch.parameters()]
@@ -255,7 +254,7 @@ def canonical_split(chain: Chain, x: Any, samples: int = 16, seed: int = 0) -> p
         are NaN where there is no such split: in a deleted or plain unit, or one whose skip is not the identity.
 
     Raises:
-        TypeError, ValueError: as in `gradient_norms`; or fewer than 2 samples, or the chain is in training mode.
+        ValueError: fewer than 2 samples.
     """
     check_number(2, samples=samples)
     random = torch.Generator().manual_seed(check_number(seed=seed))
@@ -288,9 +287,6 @@ def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy)
 
     Returns:
         Lengths ``(B,)``, NaN where an image has no gradient. For a whole batch, average them with weights ‖g‖².
-
-    Raises:
-        TypeError, ValueError: as in `gradient_norms`; or the chain is in training mode.
     """
     g, steps = _descent(chain, x, y, loss)
     derivative = torch.zeros_like(g)
@@ -321,8 +317,7 @@ def sample_path_gradients(
         One row a path, with ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
 
     Raises:
-        TypeError, ValueError: as in `gradient_norms`; or there is no path of such a length, there are no samples, or
-            the chain is in training mode.
+        ValueError: there is no path of such a length, or there are no samples.
     """
     check_number(1, samples=samples)
     free, always = _choices(check_chain(chain))
@@ -362,7 +357,7 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
         many there are; ``rms_norm``, the root mean square of ‖g_path‖.
 
     Raises:
-        TypeError, ValueError: as in `gradient_norms`; or fewer than 2 repeats, or the chain is in training mode.
+        ValueError: fewer than 2 repeats.
     """
     if check_number(1, repeats=repeats) == 1:
         raise ValueError("1 repeats give no standard error: use at least 2")
@@ -415,21 +410,17 @@ class _Step:
     """One unit at its true state, and its vector-Jacobian products, which give None where no way or gradient leads."""
 
     def __init__(self, unit: Unit, state: Tensor) -> None:
-        self.unit = unit
-        self.state = state.detach().requires_grad_()
+        self.unit, self.state = unit, state.detach().requires_grad_()
         self.f = None if unit.branch is None else unit.branch(self.state)
         self.s = unit.skip(self.state) if self.f is None or unit.residual else None  # a plain unit's is for deletion
         self.total = _sum(self.s, self.f).detach().requires_grad_()
         self.after = unit.post(self.total)
-        self.ways = self.skip, self.branch
+        self.skip, self.branch = self.ways = tuple(functools.partial(self._through, part) for part in (self.s, self.f))
 
-    def skip(self, g: Tensor | None) -> Tensor | None:
-        """Return S^T g."""
-        return self._through(self.s, g)
-
-    def branch(self, g: Tensor | None) -> Tensor | None:
-        """Return J^T g."""
-        return self._through(self.f, g)
+    def longer(self, kept: list[Tensor | None], taken: list[Tensor | None] | None = None) -> list[Tensor | None]:
+        """Take gradients by path length down: ``kept`` through the skip, ``taken``, the same when None, the branch."""
+        pairs = zip([*kept, None], [None, *(kept if taken is None else taken)], strict=True)
+        return [_sum(self.skip(s), self.branch(t)) for s, t in pairs]
 
     def weights(self, g: Tensor) -> Tensor:
         """Return the gradient at the branch's weights, in one vector, empty where there are none."""
@@ -437,19 +428,13 @@ class _Step:
         through = grad(f, given, self._before_post(g), retain_graph=True, materialize_grads=True) if given else ()
         return torch.cat([g.new_zeros(0), *(part.flatten() for part in through)])
 
-    def longer(self, kept: list[Tensor | None], taken: list[Tensor | None] | None = None) -> list[Tensor | None]:
-        """Take gradients by path length down: ``kept`` through the skip, ``taken``, the same when None, the branch."""
-        pairs = zip([*kept, None], [None, *(kept if taken is None else taken)], strict=True)
-        return [_sum(self.skip(s), self.branch(t)) for s, t in pairs]
-
     @functools.cached_property
     def _weighted(self) -> tuple[list[Tensor], Tensor]:
         """The branch's weights, as copies that need a gradient even where they are frozen, and its output from them."""
-        if self.unit.branch is None:
-            return [], self.state
-        weights = {name: p.detach() for name, p in self.unit.branch.named_parameters() if p.is_floating_point()}
+        branch = cast("nn.Module", self.unit.branch)
+        weights = {name: p.detach() for name, p in branch.named_parameters() if p.is_floating_point()}
         given = {name: p.requires_grad_() for name, p in weights.items()}
-        return list(given.values()), functional_call(self.unit.branch, given, (self.state,))
+        return list(given.values()), functional_call(branch, given, (self.state,))
 
     def _before_post(self, g: Tensor) -> Tensor:
         identity = isinstance(self.unit.post, nn.Identity)

@@ -38,12 +38,12 @@ def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[n
         The lower and upper ends as fractions, in the shape of ``count``.
 
     Raises:
-        ValueError: a count lies outside 0 to ``images``.
+        TypeError, ValueError: a count lies outside 0 to ``images``, or an argument makes no sense.
     """
     from scipy.special import ndtri  # imported when needed, as everywhere: scipy doubles the time of the import
 
     count = _numbers("count", count)
-    if _numbers("images", images).ndim or images < 1 or not ((count >= 0) & (count <= images)).all():
+    if _numbers("images", images).ndim or not 1 <= images < np.inf or not ((count >= 0) & (count <= images)).all():
         raise ValueError(f"counts must lie between 0 and {images} images")
     share, z = count / images, ndtri((1 + _check_level(level)) / 2)
     middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)

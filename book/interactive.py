@@ -1,0 +1,130 @@
+"""Figures that answer back: HTML with its data, script and style inside, so that it works wherever outputs are shown.
+
+The static figures beside them show the same on paper, without a script, and in a notebook that is not trusted yet.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML
+from unravelling.stored import intact_error, stored
+from unravelling.wording import network_label
+
+STATIC = Path(__file__).resolve().parent / "_static"
+LIMIT = 150_000
+"""The most bytes of data that one figure may hold."""
+
+FALLBACK = (
+    "Here is a figure that answers to clicks and keys where scripts run. The figures beside it show the same without."
+)
+
+CODES = "".join(chr(c) for c in range(ord("0"), ord("z") + 1) if chr(c).isalnum())
+"""One character a unit, so that a draw of thirty units takes thirty bytes."""
+
+DATASETS = {"digits": ("Digits", "digits"), "cifar10": ("CIFAR-10", "CIFAR-10")}
+
+
+def figure(name: str, data: Any, label: str, hint: str) -> HTML:
+    """Return a figure of ``_static/interactive.js`` as HTML that needs nothing else.
+
+    Args:
+        name: of the figure, as in ``_static/interactive-<name>.js``.
+        data: what the script reads, made of what JSON knows.
+        label: what a screen reader calls the figure.
+        hint: what there is to do, in one sentence above the figure.
+
+    Raises:
+        ValueError: the data are larger than `LIMIT`, or hold a number that JSON lacks.
+    """
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    # Inside a script element only "<" can end it or open a comment, and in JSON it occurs in strings alone.
+    text = text.replace("<", "\\u003c")
+    if len(text.encode()) > LIMIT:
+        raise ValueError(f"{name} has {len(text.encode()):,} bytes of data, at most {LIMIT:,} are wanted: show less")
+    files = "interactive.css", "interactive.js", f"interactive-{name}.js"
+    style, shared, own = ((STATIC / file).read_text(encoding="utf-8") for file in files)
+    return HTML(
+        f'<div class="unravelling" data-figure="{name}" role="group" aria-label="{label}" '
+        f'data-hint="{escape(hint)}">\n<p class="unravelling-fallback">{FALLBACK}</p>\n'
+        f'<script type="application/json">{text}</script>\n</div>\n'
+        f"<style>\n{style}</style>\n"
+        f'<script>\n(() => {{\n"use strict";\n{shared}{own}}})();\n</script>'
+    )
+
+
+def lesion_bench() -> HTML:
+    """Return the strip of blocks that shows what each deletion costs, from the stored results of both data sets.
+
+    The first mode deletes one unit: mean and range of the error over the trainings, or the 95 % Wilson interval where
+    there is one. The second steps through stored draws of several units, each with its error before and after batch
+    norm collected new statistics (Veit et al., 2016, sections 4.1 and 4.2).
+    """
+    datasets = []
+    for dataset, (label, text) in DATASETS.items():
+        singles, draws = _table(f"{dataset}/delete_each"), _table(f"{dataset}/delete_reestimated")
+        networks = [
+            {
+                "name": name.removesuffix("-narrow"),
+                "label": network_label(name),
+                "seeds": int(rows["seed"].nunique()),
+                "intact": _thousandths(intact_error(rows)),
+                "units": _units(rows),
+                "draws": _draws(draws[draws["network"] == name]),
+            }
+            for name, rows in singles.groupby("network")
+        ]
+        # ResNet-110 first: it is the network that the book is about
+        networks.sort(key=lambda network: (network["name"] != "resnet110", network["label"]))
+        if networks:
+            datasets.append({"label": label, "text": text, "networks": networks})
+    return figure(
+        "lesion_bench",
+        {"datasets": datasets, "codes": CODES, "chance": 0.9},
+        "Lesion bench",
+        "Point at a unit, tap it or use the arrow keys: what does the network lose without it?",
+    )
+
+
+def _table(name: str) -> pd.DataFrame:
+    """Return a stored table, or one without rows where nothing is stored yet."""
+    try:
+        return stored(name)
+    except FileNotFoundError:
+        return pd.DataFrame(columns=["network", "seed"])
+
+
+def _thousandths(error: float) -> int:
+    """Return an error in thousandths of a per cent: whole numbers are shorter."""
+    return round(100_000 * float(error))
+
+
+def _units(rows: pd.DataFrame) -> list[list[int]]:
+    """Return for each unit its error, the ends of its interval, its stage, and whether it is a transition."""
+    several = rows["seed"].nunique() > 1
+    units = []
+    for _, unit in rows.groupby("unit"):
+        errors, first = unit["error"], unit.iloc[0]
+        ends = (errors.min(), errors.max()) if several else (first["error_low"], first["error_high"])
+        numbers = [_thousandths(value) for value in (errors.mean(), *ends)]
+        units.append([*numbers, int(first["stage"]), int(first["is_transition"])])
+    return units
+
+
+def _draws(rows: pd.DataFrame) -> list[list[Any]]:
+    """Return each draw as number, seed, codes of the deleted units, error before and after, and intact error."""
+    return [
+        [
+            int(row.k),
+            int(row.seed),
+            "".join(CODES[int(unit)] for unit in str(row.units).split()),
+            _thousandths(row.error),
+            _thousandths(row.reestimated_error),
+            _thousandths(row.error - row.delta_error),
+        ]
+        for row in rows.sort_values(["k", "seed", "trial"]).itertuples()
+    ]

@@ -1,0 +1,267 @@
+"""The figures that answer back, each on a small page of its own in a browser, against numbers computed from the tables.
+
+Skipped where no Chromium is installed. Nothing is downloaded.
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+import interactive  # noqa: E402  (it lies beside the notebooks that use it)
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+INK = {"light": ("#fff", "#222"), "dark": ("#14181e", "#ced6dd")}
+MAKERS = {"lesion_bench": interactive.lesion_bench}
+FIGURES = sorted(MAKERS)
+browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args):
+    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": ["--no-sandbox"]}
+
+
+@pytest.fixture(scope="session")
+def made():
+    """Each figure's HTML, made once."""
+    cache = {}
+
+    def make(name):
+        if name not in cache:
+            cache[name] = MAKERS[name]().data
+        return cache[name]
+
+    return make
+
+
+@pytest.fixture
+def show(new_context, made):
+    """`show(name, width, theme)` opens a page that holds one figure; it notes requests and complaints in `.faults`."""
+
+    def go(name, width=1300, theme="light", markup=None, **options):
+        context = new_context(viewport={"width": width, "height": 900}, color_scheme=theme, is_mobile=width < 600,
+                              has_touch=width < 600, **options)
+        faults = []
+        context.route("**/*", lambda route: (faults.append(route.request.url), route.abort()))
+        page = context.new_page()
+        page.set_default_timeout(5000)
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        ground, ink = INK[theme]
+        page.set_content(
+            f'<!doctype html><html lang="en" data-theme="{theme}"><meta charset="utf-8"><title>One figure</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<body style="margin: 16px; font: 16px sans-serif; color-scheme: {theme}; background: {ground}; '
+            f'color: {ink}">'
+            f"<main>{markup or made(name)}</main>")
+        page.faults = faults
+        return page
+
+    return go
+
+
+def status(page):
+    return page.get_by_role("status").inner_text()
+
+
+def table(name):
+    """A stored table as it lies in its file, rows of the recipe that the book shows."""
+    rows = pd.read_csv(ROOT / f"data/results/{name}.csv")
+    return rows[rows["recipe"] == {"digits": "digits", "cifar10": "brief"}[name.split("/")[0]]]
+
+
+def percent(part):
+    return f"{100 * round(part, 9):.1f} %"  # a mean of 0.0325 may come as 0.032499999999999994
+
+
+def embedded(markup):
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', markup, re.S)[1])
+
+
+# -- all figures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_data_are_small_and_stand_alone(made, name):
+    markup = made(name)
+    assert len(json.dumps(embedded(markup), separators=(",", ":"))) <= 150_000
+    assert not re.search(r"(?:src|href)=|@import|\bimport\(|\bfetch\(|https?://(?!www\.w3\.org/2000/svg)", markup)
+
+
+def test_data_cannot_end_their_script():
+    text = '</script><script>document.title = "broken"</script><!-- & \' "'
+    markup = interactive.figure("lesion_bench", {"text": text}, "Label", "Hint").data
+    assert embedded(markup) == {"text": text}
+    assert markup.count("</script>") == 2  # of the data and of the script
+
+
+def test_too_much_data_are_refused():
+    with pytest.raises(ValueError, match="at most 150,000"):
+        interactive.figure("lesion_bench", "x" * 150_000, "Label", "Hint")
+
+
+def test_numbers_that_json_lacks_are_refused():
+    with pytest.raises(ValueError, match="JSON"):
+        interactive.figure("lesion_bench", [float("nan")], "Label", "Hint")
+
+
+@browser
+@pytest.mark.parametrize("theme", INK)
+@pytest.mark.parametrize("width", [390, 1300])
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_appears_without_faults(show, name, width, theme):
+    page = show(name, width, theme)
+    assert len(status(page).split()) > 5
+    assert page.locator(".unravelling-fallback").is_hidden()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    wide = "[...document.querySelectorAll('.unravelling *')].filter(e => e.getBoundingClientRect().right > innerWidth)"
+    assert page.evaluate(f"{wide}.map(e => e.outerHTML.slice(0, 80))") == []
+    sizes = "[...document.querySelectorAll('.unravelling svg text')].map(t => parseFloat(getComputedStyle(t).fontSize))"
+    assert min(page.evaluate(sizes), default=12) >= 12
+    assert page.faults == []
+    folder = ROOT / "_build/screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / f"interactive-{name}-{width}-{theme}.png", full_page=True)
+
+
+@browser
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_says_why_it_is_missing_without_scripts(show, name):
+    page = show(name, java_script_enabled=False)
+    assert page.locator(".unravelling-fallback").is_visible()
+    assert page.locator(".unravelling svg, .unravelling input").count() == 0
+
+
+@browser
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_leaves_paper_to_the_static_one(show, name):
+    page = show(name)
+    page.emulate_media(media="print")
+    assert page.locator(".unravelling").is_hidden()
+
+
+@browser
+@pytest.mark.parametrize("name", FIGURES)
+def test_shown_twice_both_answer(show, made, name):
+    page = show(name, markup=made(name) * 2)
+    assert page.get_by_role("status").count() == 2
+    assert page.locator(".unravelling[data-ready]").count() == 2
+    assert page.faults == []
+
+
+@browser
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_is_accessible(show, name):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for theme in INK:
+        found = axe.run(show(name, 390, theme)).response["violations"]
+        grave = [v["id"] + ": " + v["nodes"][0]["html"][:100] for v in found if v["impact"] in ("critical", "serious")]
+        assert grave == []
+
+
+# -- lesion bench --------------------------------------------------------------------------------------------
+
+
+def choose(page, group, label):
+    page.get_by_role("group", name=group, exact=True).get_by_label(label, exact=True).check()
+
+
+def of_unit(dataset, network, unit):
+    rows = table(f"{dataset}/delete_each").query("network == @network and unit == @unit")
+    return rows["error"], rows.iloc[0]
+
+
+@browser
+def test_bench_shows_error_interval_and_stage_of_a_unit(show):
+    page = show("lesion_bench")
+    strip = page.get_by_role("slider", name="Unit")
+    strip.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    errors, row = of_unit("digits", "resnet110", 3)
+    where = f"ResNet-110 on digits without unit 3 (stage {row['stage']}): error {percent(errors.mean())}"
+    assert where in status(page)
+    assert f"mean of 5 trainings, which range from {percent(errors.min())} to {percent(errors.max())}" in status(page)
+    assert strip.get_attribute("aria-valuenow") == "3"
+    assert strip.get_attribute("aria-valuetext") == status(page)
+    page.keyboard.press("End")
+    errors, _ = of_unit("digits", "resnet110", 53)
+    assert "unit 53" in status(page)
+    assert f"error {percent(errors.mean())}" in status(page)
+    page.keyboard.press("ArrowRight")  # there is no further one
+    assert "unit 53" in status(page)
+
+
+@browser
+def test_bench_follows_pointer_and_finger(show):
+    page = show("lesion_bench")
+    box = page.locator("[data-unit='18']").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] - 40)
+    assert "without unit 18 (stage 2, a transition)" in status(page)
+    page = show("lesion_bench", 390)
+    box = page.locator("[data-unit='30']").bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"])
+    assert "without unit 30 " in status(page)
+
+
+@browser
+def test_bench_shows_every_network_of_both_data_sets(show):
+    page = show("lesion_bench")
+    for label, dataset in {"Digits": "digits", "CIFAR-10": "cifar10"}.items():
+        choose(page, "Images", label)
+        networks = table(f"{dataset}/delete_each").groupby("network")
+        group = page.get_by_role("group", name="Network", exact=True)
+        assert group.get_by_role("radio").count() == len(networks)
+        for name, rows in networks:
+            choose(page, "Network", interactive.network_label(name))
+            first = rows[rows["unit"] == 0]
+            assert interactive.network_label(name) in status(page)
+            assert f"error {percent(first['error'].mean())}" in status(page)
+            assert f"Intact: {percent((rows['error'] - rows['delta_error']).mean())}" in status(page)
+            if len(first) == 1:
+                assert f"interval over the images {percent(first.iloc[0]['error_low'])} to" in status(page)
+            assert page.locator("[data-unit]").count() == rows["unit"].nunique()
+
+
+@browser
+@pytest.mark.parametrize(("dataset", "label"), [("digits", "Digits"), ("cifar10", "CIFAR-10")])
+def test_bench_switches_the_statistics_of_a_stored_draw(show, dataset, label):
+    page = show("lesion_bench")
+    choose(page, "Images", label)
+    choose(page, "Delete", "several at random")
+    page.get_by_role("slider", name="How many").focus()
+    page.keyboard.press("End")
+    rows = table(f"{dataset}/delete_reestimated").query("network == 'resnet110' and k == 30")
+    rows = rows.sort_values(["seed", "trial"])
+    switch = page.get_by_label("collect new batch-norm statistics")
+    for number, row in enumerate(rows.iloc[:4].itertuples(), 1):
+        units = row.units.split()
+        assert f"seed {row.seed}, draw {number} of {len(rows)}" in status(page)
+        assert f"without units {', '.join(units[:-1])} and {units[-1]}," in status(page)
+        assert f"error {percent(row.error)} with the batch-norm statistics of the intact network" in status(page)
+        assert page.locator("[data-unit].gone").count() == 30
+        assert page.locator(".plot .strong").all_text_contents() == ["old statistics", percent(row.error)]
+        switch.check()
+        assert f"error {percent(row.reestimated_error)} with new batch-norm statistics" in status(page)
+        assert page.locator(".plot .strong").all_text_contents() == ["new statistics", percent(row.reestimated_error)]
+        switch.uncheck()
+        page.get_by_role("button", name="Next draw").press("Enter")
+    for _ in range(5):
+        page.get_by_role("button", name="Previous draw").click()
+    assert f"draw {len(rows)} of {len(rows)}" in status(page)
+    assert page.faults == []
+
+
+def test_bench_offers_no_statistics_where_there_is_no_batch_norm(made):
+    networks = embedded(made("lesion_bench"))["datasets"][0]["networks"]
+    empty = [network["name"] for network in networks if not network["draws"]]
+    measured = set(table("digits/delete_reestimated")["network"])
+    assert set(empty) == {network["name"] for network in networks} - measured
+    assert "vgg15-nobn" in empty
