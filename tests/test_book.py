@@ -34,7 +34,7 @@ def parameters(source):
 
 def makefile_in(folder, *always):
     """`make(…)` in a folder that gets the project's Makefile, whatever make and options run these tests."""
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+    for name in ("Makefile", "requirements.txt", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     clean = {name: value for name, value in os.environ.items() if not re.match("M.*FLAGS|MAKE", name)}
 
@@ -301,6 +301,17 @@ def test_refresh_writes_normalised_notebooks_once(project):
     shutil.rmtree(project.root / "_build")
     assert "wrote" not in project.make("refresh").stdout, "a fresh run of the same code changed the notebooks"
     assert tree(project.root / "book") == before
+
+
+def test_placeholder_of_the_repository_is_warned_of_until_somebody_owns_it(project):
+    assert "_config.yml is a placeholder" in project.make("pages").stderr
+    (project.root / "README.md").write_text(f"See {book.settings()['repository']['url']}.")
+    assert "wrote README.md" in project.make("owner", "URL=https://github.com/me/mine/").stdout
+    assert (project.root / "README.md").read_text() == "See https://github.com/me/mine."
+    project.replace("# One", "# Eins")
+    assert project.make("pages").stderr == ""
+    assert "/blob/plain/book/01-one.ipynb" in (project.root / "_build/committed/book/01-one.html").read_text()
+    assert "github/me/mine/" in (project.root / "_build/committed/book/01-one.html").read_text()
 
 
 def test_failed_refresh_changes_no_output(project):

@@ -23,8 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RECIPES", "Chain", "Dataset", "Recipe", "Split", "Unit", "block_units", "build", "canonical_split", "cifar10",
-    "delete_each", "delete_random", "digits", "evaluate", "fit", "gradient_by_length", "gradient_norms", "load", "mean_length",
-    "path_gradients", "path_norms", "plain", "reestimate_batch_norm", "reorder", "replace_branches", "resnet",
-    "sample_path_gradients", "save", "spectrum", "taylor_importance", "unravel", "vgg",
-    "weight_spectrum",
+    "delete_each", "delete_random", "digits", "evaluate", "fit", "gradient_by_length", "gradient_norms", "load",
+    "mean_length", "path_gradients", "path_norms", "plain", "reestimate_batch_norm", "reorder", "replace_branches",
+    "resnet", "sample_path_gradients", "save", "spectrum", "taylor_importance", "unravel", "vgg", "weight_spectrum",
 ]
