@@ -72,6 +72,7 @@ endif
 # these runs and at the pages built from them; so a second `make test` executes only what changed, like `make book`.
 JOBS ?= 2
 test: export OMP_NUM_THREADS := 1
+test: export LIMITED := 1
 test: .venv/.installed .venv/.experiments
 	$(RUN) -m ruff check .
 	@$(MAKE) --no-print-directory --jobs $(JOBS) book
