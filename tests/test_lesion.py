@@ -419,6 +419,18 @@ def test_labels_that_only_a_loss_understands():
     assert table["error"].isna().all()
 
 
+def test_labels_of_the_wrong_kind_or_number():
+    x, y = images(3)
+    with pytest.raises(ValueError, match=r"^the labels are a torch.FloatTensor: pass a loss that knows"):
+        delete_each(small("pre"), (x, y.float()))
+    with pytest.raises(ValueError, match=r"^there are labels \(3, 2\) for logits \(3, 10\): expected a label for each"):
+        delete_each(small("pre"), (x, y[:, None].expand(3, 2)))
+    small_labels = delete_each(small("pre"), (x, torch.tensor([1, 2, 3], dtype=torch.uint8)))
+    assert small_labels.equals(delete_each(small("pre"), (x, torch.tensor([1, 2, 3]))))
+    with pytest.raises(ValueError, match=r"^there is a label 156: expected 0 to 9"):  # which is -100 in eight bits
+        delete_each(small("pre"), (x, torch.tensor([1, 2, 156], dtype=torch.uint8)))
+
+
 def test_ignored_images_count_for_nothing():
     chain, (x, y) = small("pre"), images(5)
     some = y.clone()
@@ -745,6 +757,8 @@ def test_scores_of_images_and_of_tokens_are_those_of_pytorch():
     wrong, loss = score(logits.numpy(), labels.numpy())
     np.testing.assert_allclose(loss, expected.numpy(), rtol=1e-12)
     assert (wrong == (logits.argmax(-1) != labels).numpy()).all()
+    read_only = np.broadcast_to(labels.numpy()[::-1], labels.shape)
+    assert (score(logits.numpy()[:, ::-1], read_only)[1] == loss[:, ::-1]).all()
     labels[1, 2] = -100
     some, partly = score(logits.numpy(), labels.numpy())
     assert np.isnan(partly[:, 1, 2]).all()

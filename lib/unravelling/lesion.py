@@ -173,14 +173,14 @@ def _share(counts: np.ndarray) -> float:
 def _score_batch(out: Tensor, y: Any, loss: Loss | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for each image of a batch, how many labels are missed, its loss, and how many labels it has."""
     logits = out.cpu().double()  # in this order, since a device may lack the type
-    labels = y.cpu() if isinstance(y, Tensor) else None
+    labels = y.cpu().long() if isinstance(y, Tensor) and not y.is_floating_point() else None
     if labels is not None and labels.dim() > 2 and logits.shape[:-1] != labels.shape:
         logits = logits.movedim(1, -1)  # segmentation: (B, K, H, W) for labels (B, H, W)
-    classes = labels is not None and not labels.is_floating_point() and logits.shape[:-1] == labels.shape
-    if labels is not None and (loss is None or classes):
+    if labels is not None and (loss is None or logits.shape[:-1] == labels.shape):
         wrong, values, kept = (part.reshape(len(labels), -1).sum(1) for part in _scores(logits, labels))
     elif loss is None:
-        raise ValueError(f"the labels are a {type(y).__name__}: pass a loss that knows what to do with them")
+        kind = y.type() if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"the labels are a {kind}: pass a loss that knows what to do with them")
     else:
         wrong, kept = torch.full((len(out),), torch.nan), torch.ones(len(out), dtype=torch.long)
     if loss is not None:
@@ -198,11 +198,14 @@ def _labels_of(y: Any, i: int) -> Any:
 
 def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is wrong, the cross-entropy, and which labels count; what does not is neither wrong nor a loss."""
+    if logits.shape[logits.dim() - labels.dim() - 1 : -1] != labels.shape:
+        shapes = f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}"
+        raise ValueError(f"there are {shapes}: expected a label for each row of logits over the classes")
     kept, last = labels != IGNORED, logits.shape[-1] - 1
     foreign = labels[kept & ((labels < 0) | (labels > last))]
     if len(foreign):
         raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
-    chosen = torch.where(kept, labels, 0).long().expand(logits.shape[:-1])
+    chosen = torch.where(kept, labels, 0).expand(logits.shape[:-1])
     values = logits.logsumexp(-1) - logits.gather(-1, chosen[..., None])[..., 0]
     return (logits.argmax(-1) != labels) & kept, torch.where(kept, values, 0), kept
 
@@ -213,7 +216,8 @@ def score(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     Labels ``(images,)`` may also be those of tokens, ``(images, T)``, for logits ``(…, images, T, K)``. A token with
     the label -100 is not wrong and has the loss NaN. Raises ValueError for a label that is no class.
     """
-    wrong, values, kept = _scores(torch.from_numpy(logits).double(), torch.from_numpy(labels))
+    arrays = (np.ascontiguousarray(logits, float), np.ascontiguousarray(labels, np.int64))
+    wrong, values, kept = _scores(*map(torch.tensor, arrays))
     return wrong.numpy(), torch.where(kept, values, torch.nan).numpy()
 
 
