@@ -86,7 +86,7 @@ def _run(
             for i, some in groupby(steps, key=itemgetter(0)):
                 _, states, groups = zip(*some, strict=True)
                 out = parts[i](states[0] if len(states) == 1 else torch.cat(states))
-                layer += zip([out] if len(states) == 1 else out.chunk(len(states)), groups, strict=True)
+                layer += zip([out] if len(states) == 1 else out.split(images), groups, strict=True)
             depth += 1
 
 
@@ -141,8 +141,9 @@ def evaluate_variants(
         variants: each a sequence of units, where i is unit i and ``~i`` (that is -i - 1) is unit i deleted.
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
         options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time,
-            which may take a state a unit and three more, is always computed. ``dtype`` for `torch.autocast`, such as
-            ``torch.bfloat16``: faster where the hardware has it, and as exact as the type.
+            which may take a state a unit and three more, is always computed, and where a unit enlarges its state, what
+            comes out is as much larger. ``dtype`` for `torch.autocast`, such as ``torch.bfloat16``: faster where the
+            hardware has it, and as exact as the type.
 
     Returns:
         ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``. With labels ``(B, T)`` each row of tokens
