@@ -90,6 +90,28 @@ def lesion_bench() -> HTML:
     )
 
 
+def unravelled_network(n: int = 3) -> HTML:
+    """Return a chain of up to six blocks whose branches can be switched off, with its formula and all its paths.
+
+    What is left of the paths of each length is counted. Forward and gradient have a formula each, the expansion of
+    equation (5) and the product of ``1 + J`` (Veit et al., 2016, section 3), and only the second is a sum over paths.
+
+    Args:
+        n: blocks at first, from 1 to 6.
+
+    Raises:
+        ValueError: there are fewer or more.
+    """
+    if not 1 <= n <= 6:
+        raise ValueError(f"{n} blocks: expected 1 to 6, for every block doubles the paths that are listed")
+    return figure(
+        "unravelled_network",
+        {"n": n, "most": 6},
+        "Unravelled network",
+        "Switch branches off, in the drawing or by the buttons: which paths are left?",
+    )
+
+
 def _table(name: str) -> pd.DataFrame:
     """Return a stored table, or one without rows where nothing is stored yet."""
     try:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -63,6 +64,16 @@ def healed_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.
     return table[columns].join(healed[["error", "loss"]].add_prefix("reestimated_"))
 
 
+def replaced_branches(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Put the branch's mean, another image's branch or noise in the place of each branch, or add noise to it."""
+    return lesion.replace_branches(chain, test, seed=seed)
+
+
+def predicted_by_gradients(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Predict each deletion to first order."""
+    return lesion.taylor_importance(chain, test)
+
+
 def pair_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Delete 300 random pairs of units: with the single deletions, the interaction of two."""
     pairs = lesion.delete_random(chain, test, 2, 300, seed)
@@ -75,11 +86,39 @@ def damage_by_image(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.D
     Columns: ``image``, ``label``, ``loss`` of the intact chain, then ``unit0`` and so on. Not rounded, so that margins
     follow from the losses: log(exp(loss) - 1) is minus the log odds of the true class.
     """
-    intact = tuple(range(len(chain)))
-    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
-    _, loss = lesion.evaluate_variants(chain, test, variants)
-    before = {"image": np.arange(len(test)), "label": test.labels.numpy(), "loss": loss[0]}
-    return pd.DataFrame(before | {f"unit{i}": loss[i + 1] - loss[0] for i in intact})
+    before, after = _losses(chain, test)
+    table = {"image": np.arange(len(test)), "label": test.labels.numpy(), "loss": before}
+    return pd.DataFrame(table | {f"unit{i}": lost - before for i, lost in enumerate(after)})
+
+
+def variance_of_damage(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return where the variance of the damage matrix comes from, with and without the unit that costs the most.
+
+    Columns: ``statistics`` of batch norm, "trained", or "re-estimated" before and after each deletion; ``scale``, the
+    loss or the margin; ``without``, the unit left out, or none; ``size``, the root mean square of the damage (nats);
+    and as shares of its variance ``block``, ``image`` and ``interaction``.
+    """
+    losses = {"trained": _losses(chain, test)}
+    if has_batch_norm(chain):
+        healed = (_healed(one, data) for one in (chain, *map(chain.without, range(len(chain)))))
+        before, *after = (lesion.evaluate_variants(one, test, [range(len(one))])[1][0] for one in healed)
+        losses["re-estimated"] = before, np.stack(after)
+    rows = []
+    for statistics, (before, after) in losses.items():
+        margin = -np.log(np.expm1(np.maximum(before, 1e-9))), -np.log(np.expm1(np.maximum(after, 1e-9)))
+        for scale, damage in {"loss": (after - before).T, "margin": (margin[0] - margin[1]).T}.items():
+            worst = int(damage.mean(0).argmax())
+            for without, part in {"": damage, worst: np.delete(damage, worst, axis=1)}.items():
+                rows.append({"statistics": statistics, "scale": scale, "without": without, **variance_parts(part)})
+    return pd.DataFrame(rows)
+
+
+def variance_parts(table: np.ndarray) -> dict[str, float]:
+    """Split the variance of a table ``(images, blocks)`` into shares of block, image and their interaction."""
+    block, image = (table.mean(axis, keepdims=True) - table.mean() for axis in (0, 1))
+    parts = {"block": block, "image": image, "interaction": table - table.mean() - block - image}
+    shares = {name: float((part**2).mean() / table.var()) for name, part in parts.items()}
+    return {"size": float((table**2).mean() ** 0.5), **shares}
 
 
 def swapped_orders(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
@@ -90,15 +129,43 @@ def swapped_orders(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Da
     return lesion.reorder(chain, test, swaps, 25, seed).drop(columns="order")
 
 
-def spectrum_of_batches(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
-    """Return the exact gradient by path length for batches of 128 test and training images; of 64 of the digits."""
-    size = 128 if data.name == "cifar10" else 64
+def spectrum_of_batches(
+    chain: Chain, test: Split, data: Dataset, seed: int, at_weights: bool = False, batch_statistics: bool = False
+) -> pd.DataFrame:
+    """Return the exact gradient by path length for batches of 128 test and training images; of 64 of the digits.
+
+    At y_0 or, as updates follow it, at all weights of the branches; with stored statistics of batch norm or, as in
+    training, with each batch's own.
+    """
     tables = []
     for name, split in (("test", test), ("train", first(data.train, len(test)))):
-        for batch, (x, y) in enumerate(split.batches(size, device_of(chain))):
-            table = paths.spectrum(paths.gradient_by_length(chain, x, y))
+        for batch, (x, y) in enumerate(split.batches(_spectrum_batch(data), device_of(chain))):
+            if at_weights:
+                table = paths.weight_spectrum(chain, x, y, batch_statistics=batch_statistics)
+                whole = {"norm": lambda norms: (norms**2).sum() ** 0.5, "share": "sum"}
+                table = table.groupby("length", as_index=False).agg(whole)
+            else:
+                table = paths.spectrum(paths.gradient_by_length(chain, x, y))
             tables.append(table.assign(split=name, batch=batch))
     return pd.concat(tables)[["split", "batch", "length", "norm", "share"]]
+
+
+def other_splits(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return the spectrum of the first test batch when c·y is taken for the skip and the rest for the branch.
+
+    Columns: ``split``, "as it is", "trace-free" (each branch's Jacobian, by Hutchinson's estimator) or a factor c for
+    all; ``length``, ``norm``, ``share``.
+    """
+    x, y = test.batches(_spectrum_batch(data), device_of(chain))[0]
+    factors = {"as it is": 1.0, "trace-free": paths.canonical_split(chain, x, seed=seed)["c"]}
+    factors |= {str(c): c for c in (0.5, 0.9, 1.1)}
+    spectra = {name: paths.spectrum(paths.gradient_by_length(chain.split(c), x, y)) for name, c in factors.items()}
+    return pd.concat([spectrum.assign(split=name) for name, spectrum in spectra.items()])
+
+
+def trace_free_split(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return for every unit how much of the identity lies in its branch, on the first test batch."""
+    return paths.canonical_split(chain, test.batches(_spectrum_batch(data), device_of(chain))[0][0], seed=seed)
 
 
 def spectrum_in_training(chain: Chain, data: Dataset) -> pd.DataFrame:
@@ -218,6 +285,11 @@ def has_batch_norm(chain: Chain) -> bool:
     return any(isinstance(module, _BatchNorm) for module in chain.modules())
 
 
+def has_both(chain: Chain) -> bool:
+    """Return whether there are paths to follow, and statistics on which they may depend."""
+    return has_skips(chain) and has_batch_norm(chain)
+
+
 def every(chain: Chain, data: Dataset) -> tuple[Split, str]:
     """Return all test images, and what they are in words."""
     return data.test, f"all {len(data.test)} test images"
@@ -230,9 +302,9 @@ def some(chain: Chain, data: Dataset) -> tuple[Split, str]:
     return data.test.stratified(PER_CLASS), f"the first {PER_CLASS} test images of every class"
 
 
-def batches(chain: Chain, data: Dataset) -> tuple[Split, str]:
-    """Return the images for the spectrum, and what they are in words."""
-    number, size = (10, 128) if data.name == "cifar10" else (5, 64)
+def batches(chain: Chain, data: Dataset, most: int = 10) -> tuple[Split, str]:
+    """Return the images for the spectrum, in at most so many batches, and what they are in words."""
+    number, size = min(most, 10 if data.name == "cifar10" else 5), _spectrum_batch(data)
     words = f"the first {number} batches of {size} test and of {size} training images"
     return first(data.test, number * size), words
 
@@ -265,6 +337,7 @@ class Measurement:
     note: str = ""
 
 
+two_batches = partial(batches, most=2)
 HEALED = "; statistics from 1000 training images"
 TABLE = {
     "intact": Measurement(whole_network, note=HEALED),
@@ -278,6 +351,9 @@ TABLE = {
     "path_norms": Measurement(norms_of_paths, few, has_skips),
     "lengths": Measurement(length_of_each_image, some, has_skips),
     "branches": Measurement(size_and_direction, some, has_skips),
+    "replace": Measurement(replaced_branches, some),
+    "taylor": Measurement(predicted_by_gradients, some),
+    "variance": Measurement(variance_of_damage, some, note=HEALED),
     "batch_norm_shift": Measurement(shift_of_statistics, some, has_batch_norm, "; statistics from 500 training images"),
     "subnetworks": Measurement(random_parts, some, lambda chain: has_skips(chain) and len(chain) >= min(ACTIVE)),
 }
@@ -290,6 +366,18 @@ ENSEMBLE = {"ensemble": Measurement(remove_members)}
 def applicable(chain: Chain) -> list[str]:
     """Return the names of the measurements that make sense for a network."""
     return [name for name, measurement in TABLE.items() if measurement.applies(chain)]
+
+
+def _losses(chain: Chain, test: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return every image's loss ``(images,)`` in the intact chain, and ``(n, images)`` without each unit."""
+    intact = tuple(range(len(chain)))
+    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
+    _, loss = lesion.evaluate_variants(chain, test, variants)
+    return loss[0], loss[1:]
+
+
+def _spectrum_batch(data: Dataset) -> int:
+    return 128 if data.name == "cifar10" else 64
 
 
 def _numbers(chain: Chain) -> list[int]:

@@ -531,7 +531,7 @@ def _torchvision_resnet(block: str, *args, **kwargs) -> nn.Module:
 
 def _torchvision_convnext() -> nn.Module:
     module = importlib.import_module("torchvision.models.convnext")
-    sizes = [(8, 16, 2), (16, 32, 2), (32, None, 1)]
+    sizes = [(8, 16, 3), (16, 32, 2), (32, None, 1)]
     return module.ConvNeXt([module.CNBlockConfig(*size) for size in sizes], num_classes=10)
 
 
@@ -663,7 +663,7 @@ CASES: dict[str, Case] = {
     "torchvision convnext": Case(
         _torchvision_convnext,
         matching(r"features\.\d\.\d\.stochastic_depth"),
-        5,
+        6,
         "features.1.0",
         library="torchvision",
     ),

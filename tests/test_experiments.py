@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -153,6 +154,35 @@ def test_what_applies_gives_rows_and_says_on_which_images(network, monkeypatch):
         assert "images" in words
 
 
+def test_parts_of_a_variance_add_up():
+    block, image = torch.randn(7).double().numpy(), torch.randn(40, 1).double().numpy()
+    sums = measurements.variance_parts(block + image)
+    assert sums["interaction"] == pytest.approx(0, abs=1e-12)
+    assert sums["block"] / sums["image"] == pytest.approx(block.var() / image.var())
+    products = measurements.variance_parts((block - block.mean()) * (image - image.mean()))
+    assert products["interaction"] == pytest.approx(1)
+    assert products["size"] == pytest.approx(block.std() * image.std())
+    any_table = measurements.variance_parts(torch.randn(40, 7).double().numpy())
+    assert sum(any_table[name] for name in ("block", "image", "interaction")) == pytest.approx(1)
+
+
+def test_variance_of_damage_leaves_out_the_unit_that_costs_the_most():
+    chain, data = build("resnet14", "digits", seed=1), digits()
+    chain = measurements.lesion.reestimate_batch_norm(chain, data.train.take(torch.arange(100)))
+    test = data.test.take(torch.arange(50))
+    with torch.no_grad():
+        for parameter in chain.units[2].branch.parameters():
+            parameter.mul_(3)
+    table = measurements.variance_of_damage(chain, test, data, 0)
+    assert list(table["statistics"].unique()) == ["trained", "re-estimated"]
+    damage = measurements.damage_by_image(chain, test, data, 0).filter(like="unit").to_numpy()
+    on_loss = table.query("statistics == 'trained' and scale == 'loss'")
+    assert on_loss["without"].tolist() == ["", int(damage.mean(0).argmax())]
+    assert on_loss["size"].iloc[0] == pytest.approx((damage**2).mean() ** 0.5)
+    others = np.delete(damage, damage.mean(0).argmax(), axis=1)
+    assert on_loss["size"].iloc[1] == pytest.approx((others**2).mean() ** 0.5)
+
+
 def test_thousands_of_lesions_use_a_fixed_part_of_a_large_test_split():
     chain, data = build("resnet8", "digits"), digits()
     assert measurements.some(chain, data)[1] == "all 500 test images"
@@ -276,6 +306,31 @@ def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
     for folder in (inner, tmp_path.resolve()):  # beneath another project's repository; one that lacks our files
         monkeypatch.setattr(cells, "ROOT", folder)
         assert cells.commit() == "unknown"
+
+
+def test_the_commit_says_when_code_has_changed_since(tmp_path, monkeypatch):
+    project = tmp_path.resolve()
+    library = project / "lib/unravelling/__init__.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(project)]
+    for words_ in (["init", "--quiet"], ["add", "lib"], ["commit", "--quiet", "-m", "x"]):
+        subprocess.run([*git, *words_], check=True, timeout=60)
+    monkeypatch.setattr(cells, "ROOT", project)
+    monkeypatch.setattr(cells.unravelling, "__file__", str(library))
+    (project / "notes.txt").write_text("no code")
+    clean = cells.commit()
+    assert len(clean) == 12
+    (library.parent / "new.py").write_text("")
+    assert cells.commit() == f"{clean}+"
+
+
+def test_the_record_is_there_before_its_table(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(cells, "write_atomically", lambda path, write: written.append(path.name))
+    options = cells.parser("").parse_args(["--network", "resnet8", "--device", "cpu"])
+    cells.write(pd.DataFrame({"error": [0.5]}), tmp_path / "cell.csv", options, {})
+    assert written == ["cell.json", "cell.csv"]
 
 
 def test_jobs_share_the_gpus_out(monkeypatch):

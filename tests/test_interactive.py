@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import sys
+from itertools import combinations, product
+from math import comb
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +20,7 @@ import interactive  # noqa: E402  (it lies beside the notebooks that use it)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 INK = {"light": ("#fff", "#222"), "dark": ("#14181e", "#ced6dd")}
-MAKERS = {"lesion_bench": interactive.lesion_bench}
+MAKERS = {"lesion_bench": interactive.lesion_bench, "unravelled_network": interactive.unravelled_network}
 FIGURES = sorted(MAKERS)
 browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 
@@ -265,3 +267,80 @@ def test_bench_offers_no_statistics_where_there_is_no_batch_norm(made):
     measured = set(table("digits/delete_reestimated")["network"])
     assert set(empty) == {network["name"] for network in networks} - measured
     assert "vgg15-nobn" in empty
+
+
+# -- unravelled network --------------------------------------------------------------------------------------
+
+
+def counted(page):
+    """The table of paths: what is left of each length, and of how many."""
+    rows = [row.locator("td").all_inner_texts() for row in page.locator("table.counts tr").all()]
+    return [tuple(map(int, column)) for column in zip(*rows, strict=True)]
+
+
+@browser
+def test_block_2_of_3_halves_the_paths(show):
+    page = show("unravelled_network")
+    assert "8 of 8 paths left" in status(page)
+    page.locator("[data-block='2'] rect").click()
+    assert "f₂ is off: 4 of 8 paths left, 1 of length 0, 2 of length 1 and 1 of length 2." in status(page)
+    assert counted(page) == [(0, 1, 1), (1, 3, 2), (2, 3, 1), (3, 1, 0)]
+    assert page.locator("ul.paths li:not(.off)").all_inner_texts() == ["y₀", "f₁(y₀)", "f₃(y₀)", "f₃(f₁(y₀))"]
+    assert page.locator("ul.paths li.off").all_inner_texts() == ["f₂(y₀)", "f₂(f₁(y₀))", "f₃(f₂(y₀))", "f₃(f₂(f₁(y₀)))"]
+    whole = "y₃ = y₀ + f₁(y₀) + f₂(y₀ + f₁(y₀)) + f₃(y₀ + f₁(y₀) + f₂(y₀ + f₁(y₀)))"
+    assert page.locator(".formula").inner_text() == whole
+    assert page.locator(".formula .off").all_text_contents() == [" + f₂(y₀ + f₁(y₀))"] * 2
+    assert page.locator("[data-block].off").get_attribute("data-block") == "2"
+    page.locator("[data-block='2'] rect").click()
+    assert "8 of 8 paths left" in status(page)
+
+
+@browser
+def test_every_choice_of_branches_leaves_the_paths_that_avoid_the_others(show):
+    page = show("unravelled_network")
+    page.get_by_role("slider", name="Blocks").focus()
+    page.keyboard.press("ArrowRight")
+    n = 4
+    for off in [set(some) for size in range(n + 1) for some in combinations(range(1, n + 1), size)]:
+        for i in range(1, n + 1):
+            switch = page.get_by_role("button", name=f"branch {i}")
+            if (switch.get_attribute("aria-pressed") == "false") != (i in off):
+                switch.press("Space")
+        paths = [[i for i, bit in enumerate(bits, 1) if bit] for bits in product((0, 1), repeat=n)]
+        left = [path for path in paths if not off & set(path)]
+        assert f"{len(left)} of 16 paths left" in status(page)
+        assert counted(page) == [(k, comb(n, k), sum(len(path) == k for path in left)) for k in range(n + 1)]
+        assert page.locator("ul.paths li:not(.off)").count() == len(left) == 2 ** (n - len(off))
+        exact = "≠" not in page.locator(".key").inner_text()
+        assert exact == (n - len(off) < 2)
+
+
+@browser
+def test_the_number_of_blocks_goes_from_one_to_six(show):
+    page = show("unravelled_network", 390)
+    blocks = page.get_by_role("slider", name="Blocks")
+    blocks.focus()
+    page.keyboard.press("End")
+    page.get_by_role("button", name="branch 6").tap()
+    assert "f₆ is off: 32 of 64 paths left" in status(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    blocks.focus()
+    page.keyboard.press("Home")
+    assert "2 of 2 paths left" in status(page)  # and the sixth branch is forgotten
+    assert page.get_by_role("button", name="branch").count() == 1
+
+
+@browser
+def test_gradient_is_the_sum_over_paths_and_the_output_is_not(show):
+    page = show("unravelled_network")
+    assert "the sum over these paths is not" in status(page)
+    choose(page, "Sum over paths", "gradient")
+    assert "The gradient is exactly the sum over these paths." in status(page)
+    assert page.locator(".formula").inner_text() == "g₀ = (1 + J₁ᵀ) (1 + J₂ᵀ) (1 + J₃ᵀ) g₃"
+    assert page.locator(".key").inner_text() == "g₀ = the sum over paths:"
+    assert page.locator("ul.paths li").all_inner_texts()[-1] == "J₁ᵀ J₂ᵀ J₃ᵀ g₃"
+
+
+def test_seven_blocks_are_too_many():
+    with pytest.raises(ValueError, match="expected 1 to 6"):
+        interactive.unravelled_network(7)

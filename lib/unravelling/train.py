@@ -101,7 +101,7 @@ RECIPES = {
 ``digits``: half a minute a network. ``brief``: CIFAR-10 in 4 epochs, three quarters of an hour for ResNet-110 on one
 CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out:
 ``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
-``-stochastic-depth``; ``digits-short-paths-long`` trains three times as long."""
+``-stochastic-depth``; ``-short-paths-long``, of two of them, updates each branch as often as the recipe, or oftener."""
 _VARIANTS: dict[str, dict[str, Any]] = {
     "short-paths": {"active": 23},
     "short-paths-unscaled": {"active": 23, "rescale": False},
@@ -111,7 +111,8 @@ for _recipe in list(RECIPES.values()):
     for _variant, _options in _VARIANTS.items():
         _name = f"{_recipe.name}-{_variant}"
         RECIPES[_name] = replace(_recipe, name=_name, **_options)
-RECIPES["digits-short-paths-long"] = replace(RECIPES["digits-short-paths"], name="digits-short-paths-long", epochs=60)
+for _name, _epochs in (("digits-short-paths", 60), ("short-short-paths", 47)):  # of 20, where 23 of 54 are active
+    RECIPES[f"{_name}-long"] = replace(RECIPES[_name], name=f"{_name}-long", epochs=_epochs)
 
 
 PARTS = ("identity", "chain", "optimizer", "generator", "history", "checksum")
