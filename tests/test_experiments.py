@@ -183,6 +183,20 @@ def test_variance_of_damage_leaves_out_the_unit_that_costs_the_most():
     assert on_loss["size"].iloc[1] == pytest.approx((others**2).mean() ** 0.5)
 
 
+def test_spectra_at_the_weights_share_one_gradient():
+    chain, data = build("resnet8", "digits", seed=1), digits()
+    chain = measurements.lesion.reestimate_batch_norm(chain, data.train.take(torch.arange(100)))
+    few = data.test.take(torch.arange(70))
+    table = measurements.spectrum_of_batches(chain, few, replace(data, train=few), 0, at_weights=True)
+    x, y = few.batches(64)[0]
+    by_length = measurements.paths.weight_spectrum(chain, x, y).groupby("length")
+    first = table.query("split == 'test' and batch == 0")
+    assert first["share"].sum() == pytest.approx(1)
+    assert first["share"].tolist() == pytest.approx(by_length["share"].sum().tolist())
+    assert first["norm"].tolist() == pytest.approx([np.linalg.norm(norms) for _, norms in by_length["norm"]])
+    assert table.groupby("split")["batch"].unique().map(list).to_dict() == {"test": [0, 1], "train": [0, 1]}
+
+
 def test_thousands_of_lesions_use_a_fixed_part_of_a_large_test_split():
     chain, data = build("resnet8", "digits"), digits()
     assert measurements.some(chain, data)[1] == "all 500 test images"
