@@ -395,6 +395,16 @@ def test_no_trials(function, trials):
         function(small("pre"), BATCHES, 1, trials)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [delete_each, lambda c, d: delete_random(c, d, 1, 2), lambda c, d: reorder(c, d, 1, 2), replace_branches,
+     taylor_importance, reestimate_batch_norm, lambda c, d: evaluate_variants(c, d, [[0]])],
+)
+def test_what_is_no_chain(function):
+    with pytest.raises(TypeError, match=r"^chain is a Linear: expected a Chain"):
+        function(nn.Linear(2, 2), BATCHES)
+
+
 @pytest.mark.parametrize("label", [-1, 10])
 def test_a_label_that_is_no_class(label):
     x, y = images(3)

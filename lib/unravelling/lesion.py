@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import IGNORED, Batches, device_of, eval_mode, iterate
-from .chain import Chain, Unit, check_positive
+from .chain import Chain, Unit, check_chain, check_positive
 from .data import Split
 from .stats import paired_bootstrap, wilson
 
@@ -35,7 +35,7 @@ def _parts(chain: Chain, variants: Sequence[Sequence[int]], others: Mapping[int,
     """Return what computes each number of the variants."""
     if not len(variants):
         raise ValueError("there are no variants: name at least one sequence of units, such as range(len(chain))")
-    parts: dict[int, Function] = {**dict(enumerate(chain.units)), **others}
+    parts: dict[int, Function] = {**dict(enumerate(check_chain(chain).units)), **others}
     for i in {i for variant in variants for i in variant}.difference(parts):
         (unit,) = chain.check_indices([~i if i < 0 else i])
         parts[i] = chain.units[unit].deleted()
@@ -91,13 +91,8 @@ def _run(
 
 
 def _results(
-    chain: Chain,
-    data: Split | Batches,
-    variants: Sequence[Sequence[int]],
-    result: Callable[[Tensor, Any], Any],
-    *,
-    others: Mapping[int, Function] = MappingProxyType({}),
-    max_memory: int = MAX_MEMORY,
+    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], result: Callable[[Tensor, Any], Any], *,
+    others: Mapping[int, Function] = MappingProxyType({}), max_memory: int = MAX_MEMORY,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
@@ -237,8 +232,7 @@ def _measure(
     chain: Chain, data: Split | Batches, rows: Iterable[Any], variants: Iterable[Sequence[int]], **options: Any
 ) -> pd.DataFrame:
     """Return a row for each variant, compared with the intact network: what is known of it, then how it does."""
-    found = evaluate_variants(chain, data, [range(len(chain)), *variants], **options)
-    return pd.DataFrame(rows).join(summarize(*found))
+    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, [range(len(chain)), *variants], **options)))
 
 
 def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataFrame:
@@ -256,7 +250,7 @@ def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataF
     Raises:
         ValueError: no unit can be deleted.
     """
-    chosen = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
+    chosen = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     if not chosen:
         raise ValueError("no unit can be deleted: none has a skip, and each changes the shape of its state")
     variants = [_with_one(chain, i, ~i) for i in chosen]
@@ -297,7 +291,7 @@ def delete_random(
             be deleted.
         IndexError: a candidate does not exist.
     """
-    free = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
+    free = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
     rows, variants = [], []
     refusal = "cannot delete {} units: there are {} to choose from"
@@ -330,7 +324,7 @@ def reorder(
         ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
     stages: dict[int, list[int]] = {}
-    for i, unit in enumerate(chain.units):
+    for i, unit in enumerate(check_chain(chain).units):
         if not unit.is_transition:
             stages.setdefault(unit.stage, []).append(i)
     pairs = [pair for members in stages.values() for pair in combinations(members, 2)]
@@ -384,7 +378,7 @@ def replace_branches(
     kinds = [kind] if isinstance(kind, str) else list(kind)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kind={kind!r} names no way to replace a branch: choose from {', '.join(KINDS)}")
-    n = len(chain)
+    n = len(check_chain(chain))
     means = _branch_means(chain, data) if "mean" in kinds else {}
     rows, variants, others = [], [], {}
     for j, i in product(range(len(kinds)), range(n)):
@@ -466,7 +460,7 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
         Missing values where the unit has no branch. Raises ValueError where there is no label to score.
     """
     slopes, counts = [], []
-    for x, y in iterate(chain, data):
+    for x, y in iterate(check_chain(chain), data):
         factors: dict[int, Tensor] = {}
 
         def scale(i: int, f: Tensor, factors: dict[int, Tensor] = factors) -> Tensor:
@@ -519,8 +513,9 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
     Raises:
         ValueError: there are no batches, or the chain was traced from a model that calls batch norm as a function.
     """
-    nodes = [node for part in chain.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
-    baked = [node.name for node in nodes if node.op == "call_function" and "batch_norm" in str(node.target)]
+    graphs = [part.graph for part in check_chain(chain).modules() if isinstance(part, fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    baked = [node.name for node in nodes if "batch_norm" in str(node.target)]
     if baked:
         raise ValueError(
             f"the traced model calls batch norm as a function ({baked[0]}), whose statistics cannot be estimated anew: "
