@@ -137,8 +137,7 @@ def evaluate_variants(
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
         options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time,
             which may take a state a unit and three more, is always computed, and where a unit enlarges its state, what
-            comes out is as much larger. ``dtype`` for `torch.autocast`, such as ``torch.bfloat16``: faster where the
-            hardware has it, and as exact as the type.
+            comes out is as much larger. ``dtype`` for `torch.autocast`, such as ``torch.bfloat16``, faster in hardware.
 
     Returns:
         ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``. With labels ``(B, T)`` each row of tokens
@@ -232,7 +231,8 @@ def _measure(
     chain: Chain, data: Split | Batches, rows: Iterable[Any], variants: Iterable[Sequence[int]], **options: Any
 ) -> pd.DataFrame:
     """Return a row for each variant, compared with the intact network: what is known of it, then how it does."""
-    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, [range(len(chain)), *variants], **options)))
+    every = [range(len(chain)), *variants]
+    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, every, **options)))
 
 
 def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataFrame:
