@@ -6,25 +6,31 @@
 # make refresh ONLY=05-deleting-blocks                      one notebook
 # make book PARAMETERS="-p DATASET cifar10"                 every notebook that has the parameter, with this value
 #
+# make owner URL=https://github.com/you/book         name the repository, once, wherever it is named
+#
 # Needs Python >= 3.10 (make PYTHON=python3.12 to choose one) and access to a package index, nothing else.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := book
-.PHONY: book test refresh pages notes weights paper bench clean
+.PHONY: book test refresh pages notes weights paper bench clean owner lock
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+PIP = $(RUN) -m pip install --disable-pip-version-check --quiet
 
+# Readers get the ranges of requirements.txt; make LOCKED=1 installs the versions, with hashes, of requirements.lock.
 # The stamp is the last thing written: without it the environment counts as unfinished and is made afresh.
-.venv/.installed: requirements.txt pyproject.toml
+.venv/.installed: requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, and " \
 	  + sys.executable + " is " + sys.version.split()[0] + "; choose another: make PYTHON=python3.12")'
 	@test -e $@ || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
-	@echo "installing requirements.txt into .venv; this takes minutes the first time, and gigabytes on Linux"
-	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
+	@echo "installing $(if $(LOCKED),requirements.lock,requirements.txt) into .venv; this takes minutes the first time," \
+	  "and gigabytes on Linux"
+	@$(PIP) $(if $(LOCKED),--require-hashes --requirement requirements.lock,--requirement requirements.txt)
+	@$(if $(LOCKED),$(PIP) --no-deps --no-build-isolation --editable .)
 	@touch $@
 
 # A run depends on the notebook's code and parameters, which `notes` extracts, on the library and on the data (folders
@@ -66,6 +72,7 @@ endif
 # these runs and at the pages built from them; so a second `make test` executes only what changed, like `make book`.
 JOBS ?= 2
 test: export OMP_NUM_THREADS := 1
+test: export LIMITED := 1
 test: .venv/.installed .venv/.experiments
 	$(RUN) -m ruff check .
 	@$(MAKE) --no-print-directory --jobs $(JOBS) book
@@ -74,7 +81,7 @@ test: .venv/.installed .venv/.experiments
 # Snakemake and what it needs are installed for these two and the tests alone. Options and targets go into PAPER, such as
 # make paper PAPER='tier1 --cores 4', and make paper PAPER=-n says what remains. CIFAR-10 is where UNRAVELLING_DATA says.
 .venv/.experiments: .venv/.installed experiments/requirements.txt
-	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement experiments/requirements.txt
+	@$(PIP) --requirement experiments/requirements.txt
 	@touch $@
 
 SNAKEMAKE = $(RUN) -m snakemake --snakefile experiments/Snakefile
@@ -83,6 +90,14 @@ paper: .venv/.experiments
 
 weights: .venv/.experiments
 	@exec $(SNAKEMAKE) weights $(PAPER)
+
+owner: .venv/.installed
+	@$(RUN) scripts/book.py owner $(URL)
+
+# Needs uv, which CONTRIBUTING.md says how to get.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-header --no-annotate \
+	  --no-emit-package unravelling $(UPGRADE) requirements.txt experiments/requirements.txt --output-file requirements.lock
 
 bench: .venv/.installed
 	$(RUN) benchmarks/bench.py

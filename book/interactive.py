@@ -112,6 +112,58 @@ def unravelled_network(n: int = 3) -> HTML:
     )
 
 
+def path_lengths() -> HTML:
+    """Return the count of paths by length, what one path carries, and their product, for any depth and any decay.
+
+    The exact spectrum of the stored networks in training, the mean over seeds of the shares of the gradient, can be
+    laid over the product. The shaded lengths are those that the paper calls effective (Veit et al., 2016, section 4.4).
+    """
+    exact = []
+    for dataset, (label, text) in DATASETS.items():
+        rows = _table(f"{dataset}/spectrum_training")
+        rows = rows[rows["network"] == "resnet110"]
+        if len(rows):
+            mean = rows.groupby(["epoch", "length"])["share"].mean().unstack()
+            stops = [[int(epoch), [float(f"{share:.4g}") for share in shares]] for epoch, shares in mean.iterrows()]
+            seeds = int(rows["seed"].nunique())
+            exact.append({"label": label, "text": text, "seeds": seeds, "n": mean.shape[1] - 1, "stops": stops})
+    return figure(
+        "path_lengths",
+        {"n": 54, "decay": 0.26, "band": [5, 17], "exact": exact},
+        "Path lengths",
+        "Move depth and decay: which lengths are many, and which carry something?",
+    )
+
+
+def reordering() -> HTML:
+    """Return a strip of blocks to move within their stages, beside the errors of the stored orders.
+
+    An order is shown with Kendall's τ, overall and within stages (Veit et al., 2016, section 4.3). The stored orders
+    that lie nearest to it are found by τ, for the table does not say which units moved.
+    """
+    networks = []
+    for dataset, (_, text) in DATASETS.items():
+        units, orders = _table(f"{dataset}/delete_each"), _table(f"{dataset}/reorder")
+        for name, rows in orders.groupby("network"):
+            kinds = units[units["network"] == name].drop_duplicates("unit").sort_values("unit")
+            pairs = rows[["tau", "error"]].to_numpy()
+            networks.append(
+                {
+                    "label": f"{network_label(name)} on {text}",
+                    "stages": [0 if row.is_transition else int(row.stage) for row in kinds.itertuples()],
+                    "intact": round(1000 * intact_error(rows), 2),
+                    "orders": [[round(float(tau), 4), round(1000 * float(error), 2)] for tau, error in pairs],
+                }
+            )
+    networks.sort(key=lambda network: "ResNet-110" not in network["label"])
+    return figure(
+        "reordering",
+        {"networks": networks},
+        "Reordering",
+        "Choose a unit and move it: drag it, or use the buttons.",
+    )
+
+
 def _table(name: str) -> pd.DataFrame:
     """Return a stored table, or one without rows where nothing is stored yet."""
     try:

@@ -145,7 +145,7 @@ def spectrum_of_batches(
                 whole = {"norm": lambda norms: (norms**2).sum() ** 0.5, "share": "sum"}
                 table = table.groupby("length", as_index=False).agg(whole)
             else:
-                table = paths.spectrum(paths.gradient_by_length(chain, x, y))
+                table = paths.spectrum(paths.gradient_by_length(chain, x, y, batch_statistics=batch_statistics))
             tables.append(table.assign(split=name, batch=batch))
     return pd.concat(tables)[["split", "batch", "length", "norm", "share"]]
 
@@ -354,6 +354,10 @@ TABLE = {
     "replace": Measurement(replaced_branches, some),
     "taylor": Measurement(predicted_by_gradients, some),
     "variance": Measurement(variance_of_damage, some, note=HEALED),
+    "spectrum_weights": Measurement(partial(spectrum_of_batches, at_weights=True), two_batches, has_skips),
+    "spectrum_batch_norm": Measurement(partial(spectrum_of_batches, batch_statistics=True), two_batches, has_both),
+    "spectrum_splits": Measurement(other_splits, two_batches, has_skips, "; of these the first of test images"),
+    "trace_free_split": Measurement(trace_free_split, two_batches, has_skips, "; of these the first of test images"),
     "batch_norm_shift": Measurement(shift_of_statistics, some, has_batch_norm, "; statistics from 500 training images"),
     "subnetworks": Measurement(random_parts, some, lambda chain: has_skips(chain) and len(chain) >= min(ACTIVE)),
 }

@@ -3,6 +3,7 @@ no script for it, and every page is mended where the theme's HTML is heavy or ca
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -67,8 +68,41 @@ def mend(app: Sphinx, error: Exception | None) -> None:
         path.unlink()
 
 
+def references(app: Sphinx, error: Exception | None) -> None:
+    """Write what every role may refer to: the text of a link and its address among the pages, by role and target."""
+    if error:
+        return
+    env, numbers = app.env, app.env.toc_fignumbers
+    std, py = env.get_domain("std"), env.get_domain("py")
+
+    def number(doc: str, kind: str, label: str) -> str:
+        return ".".join(map(str, numbers.get(doc, {}).get(kind, {}).get(label, ())))
+
+    def address(doc: str, label: str = "") -> str:
+        return app.builder.get_target_uri(doc) + (f"#{label}" if label else "")
+
+    found: dict[str, dict[str, list[str]]] = {role: {} for role in ("doc", "numref", "ref", "eq", "term", "py")}
+    for doc, title in env.titles.items():
+        found["doc"][doc.rsplit("/", 1)[-1]] = [title.astext(), address(doc)]
+    for name, (doc, label) in std.anonlabels.items():
+        found["numref"][name] = [f"Figure {number(doc, 'figure', label)}", address(doc, label)]
+    for name, (doc, label, title) in std.labels.items():
+        found["ref"][name] = [str(title), address(doc, label)]
+    for name, (doc, _) in env.get_domain("math").equations.items():
+        label = f"equation-{name}"
+        found["eq"][name] = [f"({number(doc, 'displaymath', label)})", address(doc, label)]
+    for (kind, name), (doc, label) in std.objects.items():
+        if kind == "term":
+            found["term"][name.lower()] = [name, address(doc, label)]
+    for name, entry in py.objects.items():
+        for short in (name, name.rsplit(".", 1)[-1]):
+            found["py"].setdefault(short, [f"`{short}`", address(entry.docname, entry.node_id)])
+    (Path(app.outdir) / "references.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register all of it."""
     app.add_html_math_renderer("mathml", (inline, None), (display, None))
     app.connect("build-finished", mend)
+    app.connect("build-finished", references)
     return {"parallel_read_safe": True}

@@ -34,11 +34,10 @@ def parameters(source):
 
 def makefile_in(folder, *always):
     """`make(…)` in a folder that gets the project's Makefile, whatever make and options run these tests."""
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+    for name in ("Makefile", "requirements.txt", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    clean = {name: value for name, value in os.environ.items() if not re.match("M.*FLAGS|MAKE", name)}
-
     def make(*arguments, start=subprocess.run, **how):
+        clean = {name: value for name, value in os.environ.items() if not re.match("M.*FLAGS|MAKE", name)}
         how = how or {"capture_output": True, "text": True, "timeout": 300}
         return start(["make", "--no-print-directory", *always, *arguments], cwd=folder, env=clean, **how)
 
@@ -46,7 +45,7 @@ def makefile_in(folder, *always):
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """A copy of the pipeline with a book of one notebook; `.run(…)` executes that one."""
     for folder in ("lib/unravelling", "data"):
         (tmp_path / folder).mkdir(parents=True)
@@ -59,6 +58,7 @@ def project(tmp_path):
     (tmp_path / "book/index.md").write_text("# Index\n")
     small_notebook(tmp_path / "book/01-one.ipynb", "One", parameters("N = 3"), "print('N is', N)")
 
+    monkeypatch.delenv("LIMITED", raising=False)  # which `make test` sets
     make = makefile_in(tmp_path, f"RUN={sys.executable}")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/.installed").touch()
@@ -209,13 +209,16 @@ def test_kernel_that_is_killed_names_its_cell(project):
     assert not project.one.exists()
 
 
-def test_notebook_above_the_limits_fails_but_not_with_parameters_of_its_own(project):
+def test_notebook_above_the_limits_fails_but_not_with_parameters_of_its_own(project, monkeypatch):
     script = project.root / "scripts/book.py"
-    script.write_text(script.read_text().replace("MEGABYTES, SECONDS = 1500", "MEGABYTES, SECONDS = 5"))
+    script.write_text(script.read_text().replace("LIMIT = (1500, 60)", "LIMIT = (5, 60)"))
     done = project.run()
     assert done.returncode != 0
-    assert re.search(r"01-one.ipynb used \d+ MB and \d+ s of two cores; a chapter may use 5 MB and 60 s", done.stderr)
+    assert re.search(r"01-one\.ipynb used \d+ MB and \d+ s of two cores; it may use 5 MB and 60 s", done.stderr)
     assert not project.one.exists()
+    script.write_text(script.read_text().replace("LIMIT = (5, 60)", "LIMIT = (5000, 0)"))
+    monkeypatch.setenv("LIMITED", "1")
+    assert "it may use 5000 MB and 0 s" in project.run().stderr
     assert ran(project.run("PARAMETERS=-p N 5")) == ["01-one"]
 
 
@@ -301,6 +304,17 @@ def test_refresh_writes_normalised_notebooks_once(project):
     shutil.rmtree(project.root / "_build")
     assert "wrote" not in project.make("refresh").stdout, "a fresh run of the same code changed the notebooks"
     assert tree(project.root / "book") == before
+
+
+def test_placeholder_of_the_repository_is_warned_of_until_somebody_owns_it(project):
+    assert "_config.yml is a placeholder" in project.make("pages").stderr
+    (project.root / "README.md").write_text(f"See {book.settings()['repository']['url']}.")
+    assert "wrote README.md" in project.make("owner", "URL=https://github.com/me/mine/").stdout
+    assert (project.root / "README.md").read_text() == "See https://github.com/me/mine."
+    project.replace("# One", "# Eins")
+    assert project.make("pages").stderr == ""
+    assert "/blob/plain/book/01-one.ipynb" in (project.root / "_build/committed/book/01-one.html").read_text()
+    assert "github/me/mine/" in (project.root / "_build/committed/book/01-one.html").read_text()
 
 
 def test_failed_refresh_changes_no_output(project):

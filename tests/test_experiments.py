@@ -183,6 +183,20 @@ def test_variance_of_damage_leaves_out_the_unit_that_costs_the_most():
     assert on_loss["size"].iloc[1] == pytest.approx((others**2).mean() ** 0.5)
 
 
+def test_spectra_at_the_weights_share_one_gradient():
+    chain, data = build("resnet8", "digits", seed=1), digits()
+    chain = measurements.lesion.reestimate_batch_norm(chain, data.train.take(torch.arange(100)))
+    few = data.test.take(torch.arange(70))
+    table = measurements.spectrum_of_batches(chain, few, replace(data, train=few), 0, at_weights=True)
+    x, y = few.batches(64)[0]
+    by_length = measurements.paths.weight_spectrum(chain, x, y).groupby("length")
+    first = table.query("split == 'test' and batch == 0")
+    assert first["share"].sum() == pytest.approx(1)
+    assert first["share"].tolist() == pytest.approx(by_length["share"].sum().tolist())
+    assert first["norm"].tolist() == pytest.approx([np.linalg.norm(norms) for _, norms in by_length["norm"]])
+    assert table.groupby("split")["batch"].unique().map(list).to_dict() == {"test": [0, 1], "train": [0, 1]}
+
+
 def test_thousands_of_lesions_use_a_fixed_part_of_a_large_test_split():
     chain, data = build("resnet8", "digits"), digits()
     assert measurements.some(chain, data)[1] == "all 500 test images"
@@ -370,6 +384,12 @@ def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_no_file(tmp_path, capsys):
+    (tmp_path / "w.safetensors").mkdir()
+    assert train.main(words(TOY[0], "--out", tmp_path / "w.safetensors")) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", ["0-3000000000", "3000000000", "-1", "1.5", ""])
 def test_a_seed_is_one_number(seed, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -428,9 +448,12 @@ def test_rows_go_in_and_nothing_else_is_touched(runs, data):
     assert set(after) - set(before) == {"weights/digits/resnet8-seed0.safetensors"}
 
 
-def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    collect.collect(TOY, runs, one)
+def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path, monkeypatch):
+    one, other, renamed, rename = tmp_path / "one", tmp_path / "other", [], os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda old, new: (renamed.append(Path(new).name), rename(old, new)))
+        collect.collect(TOY, runs, one)
+    assert ".whole" in renamed  # at one moment, all is there
     first = contents(one)
     stamps = {path: path.stat().st_mtime_ns for path in one.rglob("*.*")}
     assert collect.collect(TOY, runs, one) == []
@@ -562,7 +585,11 @@ def test_weights_are_halved_where_large_and_refused_where_too_large(runs, tmp_pa
             with pytest.raises(ValueError, match=named):
                 collect.collect(TOY, runs, tmp_path / "data")
         assert not contents(tmp_path / "data")
+    assert collect.collect(TOY, runs, tmp_path / "full") == []
+    full = contents(tmp_path / "full")
     monkeypatch.setattr(collect, "HALF_LIMIT", 10_000)
+    assert collect.collect(TOY, runs, tmp_path / "full") == []
+    assert contents(tmp_path / "full") == full  # the same network stays as it was shipped
     assert collect.collect(TOY, runs, tmp_path / "data") == []
     source = runs / TOY[0].folder / "weights.safetensors"
     assert collect.header(path)["half"] is True

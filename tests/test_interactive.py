@@ -11,8 +11,10 @@ from itertools import combinations, product
 from math import comb
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import kendalltau
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
@@ -20,7 +22,8 @@ import interactive  # noqa: E402  (it lies beside the notebooks that use it)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 INK = {"light": ("#fff", "#222"), "dark": ("#14181e", "#ced6dd")}
-MAKERS = {"lesion_bench": interactive.lesion_bench, "unravelled_network": interactive.unravelled_network}
+NAMES = "lesion_bench", "unravelled_network", "path_lengths", "reordering"
+MAKERS = {name: getattr(interactive, name) for name in NAMES}
 FIGURES = sorted(MAKERS)
 browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 
@@ -344,3 +347,124 @@ def test_gradient_is_the_sum_over_paths_and_the_output_is_not(show):
 def test_seven_blocks_are_too_many():
     with pytest.raises(ValueError, match="expected 1 to 6"):
         interactive.unravelled_network(7)
+
+
+# -- path lengths --------------------------------------------------------------------------------------------
+
+
+def set_slider(page, name, value):
+    page.get_by_role("slider", name=name).fill(str(value))
+
+
+@browser
+@pytest.mark.parametrize(("n", "decay"), [(54, 0.26), (9, 0.5), (100, 1.0), (1, 0.02)])
+def test_lengths_follow_count_and_decay(show, n, decay):
+    page = show("path_lengths")
+    set_slider(page, "Blocks n", n)
+    set_slider(page, "Decay per block", decay)
+    counts = np.array([comb(n, k) for k in range(n + 1)], float)
+    both = counts * decay ** np.arange(n + 1)
+    for values in (counts, both):
+        values /= values.sum()
+    means = [f"{(values * np.arange(n + 1)).sum():.1f}" for values in (counts, both)]
+    inside = [percent(values[5:18].sum()) for values in (counts, both)]
+    assert f"{means[0]} branches on average, weighted with what they carry {means[1]}." in status(page)
+    assert f"5 to 17 hold {inside[0]} of the paths and {inside[1]} of the product" in status(page)
+
+
+@browser
+@pytest.mark.parametrize(("dataset", "label"), [("digits", "Digits"), ("cifar10", "CIFAR-10")])
+def test_exact_spectrum_is_the_stored_one_at_every_epoch(show, dataset, label):
+    page = show("path_lengths")
+    choose(page, "Exact spectrum", f"ResNet-110, {label}")
+    rows = table(f"{dataset}/spectrum_training").query("network == 'resnet110'")
+    epochs = sorted(rows["epoch"].unique())
+    slider = page.get_by_role("slider", name="Epoch")
+    for stop in reversed(range(len(epochs))):
+        share = rows[rows["epoch"] == epochs[stop]].groupby("length")["share"].mean()
+        after = f"after {epochs[stop]} epoch" + ("s" if epochs[stop] != 1 else "")
+        said = re.search(rf"{after} .*: ([\d.]+) % of the gradient, mean length ([\d.]+)\.$", status(page))
+        assert float(said[1]) == pytest.approx(100 * share.loc[5:17].sum(), abs=0.06)
+        assert float(said[2]) == pytest.approx((share * share.index).sum(), abs=0.06)
+        slider.press("ArrowLeft")
+    assert page.get_by_role("slider", name="Blocks n").is_disabled()
+    choose(page, "Exact spectrum", "none")
+    assert page.get_by_role("slider", name="Blocks n").is_enabled()
+    assert "Exact" not in status(page)
+    assert page.faults == []
+
+
+# -- reordering ----------------------------------------------------------------------------------------------
+
+
+def order_of(page):
+    """Which unit stands at each place, read from the strip by walking along it."""
+    strip = page.get_by_role("slider", name="Place")
+    strip.press("Home")
+    order = [strip.get_attribute("aria-valuetext")]
+    while len(order) <= int(strip.get_attribute("aria-valuemax")):
+        strip.press("ArrowRight")
+        order.append(strip.get_attribute("aria-valuetext"))
+    return [int(re.search(r"unit (\d+)", text)[1]) for text in order]
+
+
+def signed(number):
+    return f"{number:.3f}".replace("-", "−")
+
+
+def movable(dataset, network):
+    units = table(f"{dataset}/delete_each").query("network == @network and seed == 0").sort_values("unit")
+    return units["stage"].where(~units["is_transition"], 0).tolist()
+
+
+def check_order(page, dataset, network):
+    order, stages = order_of(page), movable(dataset, network)
+    n = len(stages)
+    assert sorted(order) == list(range(n))
+    assert [stages[unit] for unit in order] == stages
+    pairs = [order[i] < order[j] for i, j in combinations(range(n), 2) if stages[i] == stages[j] > 0]
+    tau, within = kendalltau(range(n), order).statistic, 2 * np.mean(pairs) - 1
+    assert f"τ = {signed(tau)}, within stages {signed(within)}." in status(page)
+    rows = table(f"{dataset}/reorder").query("network == @network")
+    distance = (rows["tau"].round(4) - tau).abs().round(9)
+    said = re.search(r"nearest in τ \(([\d.−]+)\) has error ([\d.]+ %)", status(page))
+    nearest = rows[distance == distance.min()]
+    assert said[2] in [percent(error) for error in nearest["error"]]
+    assert said[1] in [signed(value) for value in nearest["tau"]]
+    return order
+
+
+@browser
+def test_a_unit_moves_by_buttons_within_its_stage(show):
+    page = show("reordering")
+    strip, right = page.get_by_role("slider", name="Place"), page.get_by_role("button", name="Move right")
+    errors = table("digits/reorder").query("network == 'resnet110'")
+    assert f"Intact error: {percent((errors['error'] - errors['delta_error']).mean())}." in status(page)
+    strip.press("Home")
+    for _ in range(3):
+        right.press("Enter")
+    assert check_order(page, "digits", "resnet110")[:5] == [1, 2, 3, 0, 4]
+    page.get_by_role("button", name="Shuffle every stage").click()
+    assert check_order(page, "digits", "resnet110")[18] == 18
+    strip.press("Home")
+    for _ in range(18):
+        strip.press("ArrowRight")
+    assert "unit 18, a transition" in status(page)
+    assert right.is_disabled()
+    assert page.get_by_role("button", name="Move left").is_disabled()
+    page.get_by_role("button", name="Trained order").click()
+    assert order_of(page) == list(range(54))
+
+
+@browser
+def test_a_unit_moves_by_dragging(show):
+    page = show("reordering")
+    choose(page, "Network", "plain-20 on digits")
+    place = [page.locator(f"[data-place='{i}']").bounding_box() for i in range(9)]
+    page.mouse.move(place[0]["x"] + 5, place[0]["y"] + 20)
+    page.mouse.down()
+    for i in (1, 2, 4, 7):  # past the end of its stage
+        page.mouse.move(place[i]["x"] + place[i]["width"] / 2, place[i]["y"] + 20)
+    page.mouse.up()
+    assert check_order(page, "digits", "plain20")[:4] == [1, 2, 0, 3]
+    assert page.faults == []

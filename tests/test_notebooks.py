@@ -374,7 +374,7 @@ def test_a_chapter_has_three_exercises_with_solutions_that_run(path):
 
 def test_toc_and_book_folder_agree():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    listed = [toc["root"], *(entry["file"] for entry in toc["chapters"])]
+    listed = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
     present = [p.relative_to(ROOT).with_suffix("").as_posix() for p in files(ROOT / "book", {".ipynb", ".md"})]
     assert sorted(listed) == sorted(present)
 

@@ -70,8 +70,8 @@ function plot(height, paint, attributes = {}) {
   return host;
 }
 
-/* A plot of n columns, one of them chosen: by pointer, touch or arrow keys. */
-function columns(height, label, count, chosen, choose, say, paint) {
+/* A plot of n columns, one of them chosen: by touch, arrow keys or pointer, which chooses where it hovers or is pressed. */
+function columns(height, label, count, chosen, choose, say, paint, hover = true) {
   const margin = 34;
   const left = (width) => (i) => margin + (i * (width - margin - 6)) / count();
   const host = plot(height, (width, tall) => paint(left(width), (width - margin - 6) / count(), width, tall),
@@ -81,7 +81,7 @@ function columns(height, label, count, chosen, choose, say, paint) {
     const i = Math.floor(((event.clientX - start - margin) / (width - margin - 6)) * count());
     if (i >= 0 && i < count() && i !== chosen()) choose(i);
   };
-  host.addEventListener("pointermove", point);
+  host.addEventListener("pointermove", (event) => { if (hover || event.buttons) point(event); });
   host.addEventListener("pointerdown", point);
   host.addEventListener("keydown", (event) => {
     const steps = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10,
