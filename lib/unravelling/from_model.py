@@ -127,6 +127,8 @@ def unravel(
 ) -> Unravelled:
     """Return a model as a chain of units, which shares its parameters. The model stays as it is.
 
+    Hooks on layers that stay whole are called in the chain, too; one on a module that is taken apart is refused.
+
     Args:
         model: any network with one stream: a stem, residual blocks one after the other, and a head. In eval mode.
         x: an example input: a tensor, a tuple of arguments, or a dict of keyword arguments. With it the chain's logits
