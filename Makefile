@@ -1,10 +1,12 @@
 # make book      execute every notebook and build the pages        make refresh   write fresh outputs into book/
-# make test      lint, build, run every test and every notebook    make pages     the pages from the outputs in book/
+# make test      lint, make book, run every test                   make pages     the pages from the outputs in book/
 # make clean     remove _build, never runs, .venv, data            make bench     compare speed, side by side
 # make weights   train and measure the shipped networks anew       make paper     CIFAR-10, hours to days: stop at will
 #
 # make refresh ONLY=05-deleting-blocks                      one notebook
 # make book PARAMETERS="-p DATASET cifar10"                 every notebook that has the parameter, with this value
+#
+# make owner URL=https://github.com/you/book         name the repository, once, wherever it is named
 #
 # Needs Python >= 3.10 (make PYTHON=python3.12 to choose one) and access to a package index, nothing else.
 
@@ -12,19 +14,23 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := book
-.PHONY: book test refresh pages notes weights paper bench clean
+.PHONY: book test refresh pages notes weights paper bench clean owner lock
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+PIP = $(RUN) -m pip install --disable-pip-version-check --quiet
 
+# Readers get the ranges of requirements.txt; make LOCKED=1 installs the versions, with hashes, of requirements.lock.
 # The stamp is the last thing written: without it the environment counts as unfinished and is made afresh.
-.venv/.installed: requirements.txt pyproject.toml
+.venv/.installed: requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, and " \
 	  + sys.executable + " is " + sys.version.split()[0] + "; choose another: make PYTHON=python3.12")'
 	@test -e $@ || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
-	@echo "installing requirements.txt into .venv; this takes minutes the first time, and gigabytes on Linux"
-	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
+	@echo "installing $(if $(LOCKED),requirements.lock,requirements.txt) into .venv; this takes minutes the first time," \
+	  "and gigabytes on Linux"
+	@$(PIP) $(if $(LOCKED),--require-hashes --requirement requirements.lock,--requirement requirements.txt)
+	@$(if $(LOCKED),$(PIP) --no-deps --no-build-isolation --editable .)
 	@touch $@
 
 # A run depends on the notebook's code and parameters, which `notes` extracts, on the library and on the data (folders
@@ -32,7 +38,7 @@ RUN := .venv/bin/python
 NAMES := $(basename $(notdir $(wildcard book/*.ipynb)))
 LIBRARY := $(shell find lib/unravelling -name '*.py') $(wildcard book/*.py experiments/config.yaml)
 DATA := $(shell find data -not -path '*/.*')
-PAGES := _config.yml _toc.yml scripts/book.py $(LIBRARY) $(shell find book -type f -not -path '*/.*')
+PAGES := _config.yml _toc.yml $(wildcard scripts/*) $(LIBRARY) $(shell find book -type f -not -path '*/.*')
 
 book: _build/html/index.html
 	@echo "open $<"
@@ -62,18 +68,22 @@ ifneq ($(and $(PARAMETERS),$(filter refresh,$(MAKECMDGOALS))),)
 $(error book/ holds the outputs of the parameters as they stand there: make refresh without PARAMETERS)
 endif
 
-# Networks are small: a thread a process. A file's tests stay in one process, since a notebook's cells need each other,
-# and the notebooks begin, since the longest of them would be late otherwise.
+# Networks are small: a thread a process. The notebooks run once, as many at a time as JOBS says, and the tests look at
+# these runs and at the pages built from them; so a second `make test` executes only what changed, like `make book`.
+# The two chapters whose outputs are exact run once more, by nbval: what compares those runs is itself compared.
+JOBS ?= 2
+EXACT := 01-residual-connections 02-unravelling
 test: export OMP_NUM_THREADS := 1
+test: export LIMITED := 1
 test: .venv/.installed .venv/.experiments
 	$(RUN) -m ruff check .
-	@$(MAKE) --no-print-directory pages
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env book tests
+	@$(MAKE) --no-print-directory --jobs $(JOBS) book
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --nbval-lax --nbval-current-env tests $(EXACT:%=book/%.ipynb)
 
 # Snakemake and what it needs are installed for these two and the tests alone. Options and targets go into PAPER, such as
 # make paper PAPER='tier1 --cores 4', and make paper PAPER=-n says what remains. CIFAR-10 is where UNRAVELLING_DATA says.
 .venv/.experiments: .venv/.installed experiments/requirements.txt
-	@$(RUN) -m pip install --disable-pip-version-check --quiet --requirement experiments/requirements.txt
+	@$(PIP) --requirement experiments/requirements.txt
 	@touch $@
 
 SNAKEMAKE = $(RUN) -m snakemake --snakefile experiments/Snakefile
@@ -83,8 +93,18 @@ paper: .venv/.experiments
 weights: .venv/.experiments
 	@exec $(SNAKEMAKE) weights $(PAPER)
 
+owner: .venv/.installed
+	@$(RUN) scripts/book.py owner $(URL)
+
+# Needs uv, which CONTRIBUTING.md says how to get.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-header --no-annotate \
+	  --no-emit-package unravelling $(UPGRADE) requirements.txt experiments/requirements.txt --output-file requirements.lock
+
+# What it is compared with is installed for this alone: make bench BENCH='--only training --rounds 3'
 bench: .venv/.installed
-	$(RUN) benchmarks/bench.py
+	@$(PIP) --requirement benchmarks/requirements.txt
+	$(RUN) benchmarks/bench.py $(BENCH)
 
 clean:
 	rm -rf _build

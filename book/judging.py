@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t
 from unravelling.stored import DEFAULT_RECIPES, stored
 from unravelling.wording import listed, mean_interval, network_label
+
+COLUMNS = [
+    *("id", "source", "claim", "published", "quantity", "networks", "intact_at_most", "if_missing", "if_above"),
+    *("confirms", "contradicts", "open", "resampled", "rule_written", "reading", "if_confirmed", "if_contradicted"),
+    *("chapter", "figure", "note"),
+]
+"""Of the table of claims."""
+READINGS = ("reading", "", "confirms", "contradicts")
+"""What the column of that name may hold."""
+ALWAYS = ["id", "source", "claim", "confirms", "contradicts", "open", "rule_written", "if_confirmed", "if_contradicted"]
+MEASURED = ["quantity", "if_missing", "resampled"]
+"""Columns that every claim fills in, and those that a claim about networks does, too."""
+
+
+def read_claims(path: Path) -> pd.DataFrame:
+    """Return the table of claims, all of it text, indexed by the claims' ids.
+
+    Raises:
+        ValueError: it has other columns than `COLUMNS`, or a row is incomplete, repeats an id or holds HTML; the
+            message has the line.
+    """
+    ids: set[str] = set()
+    rows: list[dict[str, str]] = []
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            for line in lines:
+                row = dict(zip(COLUMNS, line, strict=False))
+                empty = [name for name in ALWAYS + MEASURED * bool(row.get("networks")) if not row.get(name)]
+                faults = {
+                    f"it has {len(line)} cells, not {len(COLUMNS)}": len(line) != len(COLUMNS),
+                    f"the columns are not {', '.join(COLUMNS)}": not rows and line != COLUMNS,
+                    f"it lacks {', '.join(empty)}": empty,
+                    f"the id {row.get('id')} is there already": row.get("id") in ids,
+                    "it holds HTML": any(re.search(r"<\s*/?[a-zA-Z!]", cell) for cell in line),
+                    f"reading is {row.get('reading')}": row.get("reading") not in (None, *READINGS),
+                }
+                if wrong := [fault for fault, found in faults.items() if found]:
+                    raise ValueError(f"{path}, line {lines.line_num}: {wrong[0]}; mend it")
+                ids.add(row["id"])
+                rows.append(row)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {lines.line_num}: {error}; mend it") from error
+    return pd.DataFrame(rows[1:], columns=COLUMNS).set_index("id", drop=False)
 
 
 class NotMeasured(Exception):

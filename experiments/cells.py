@@ -16,8 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,15 +28,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from unravelling.data import write_atomically
 from unravelling.nets import SHAPES
+from unravelling.stored import KEYS
 from unravelling.train import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
-KEYS = ["dataset", "network", "seed", "recipe"]
-"""Columns that tell the rows of a table apart."""
 _held: list[FileLock] = []  # until this process ends
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of the options that say which network, on which device, and where the images are."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dataset", choices=SHAPES, default="digits", help="default: digits, which needs no download")
@@ -61,13 +59,16 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace)
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
-    follow_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        options.device = _device(options.device)
+        follow(os.environ.get("UNRAVELLING_PARENT"))
+        if options.out.is_dir() or not options.out.name:
+            raise ValueError(f"--out {options.out} is a folder: name a file")
         if options.threads is not None:
             if options.threads < 1:
                 raise ValueError(f"--threads {options.threads}: at least one is needed")
             torch.set_num_threads(options.threads)
+        options.device = _device(options.device)
         work(options)
     except torch.OutOfMemoryError as error:
         print(f"error: {options.device} has too little memory for this one ({error})", file=sys.stderr)
@@ -81,23 +82,18 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace)
     return 0
 
 
-def follow_parent() -> None:
-    """End with Snakemake, where that has started this process: it says so in the environment."""
-    if "UNRAVELLING_PARENT" in os.environ:
-        end_with(int(os.environ["UNRAVELLING_PARENT"]))
+def follow(parent: str | int | None) -> None:
+    """End this process by SIGTERM when the process that started it has ended, however that happened; None: never."""
 
-
-def end_with(parent: int) -> None:
-    """End this process by SIGTERM when the process ``parent`` that started it has ended, however that happened."""
-
-    def watch() -> None:
+    def watch(parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20)  # for what Python cannot interrupt
         os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=watch, args=[int(parent)], daemon=True).start()
 
 
 def write(table: pd.DataFrame, path: Path, options: argparse.Namespace, about: Mapping[str, object]) -> None:
@@ -119,10 +115,11 @@ def write(table: pd.DataFrame, path: Path, options: argparse.Namespace, about: M
         "versions": {name: version(name) for name in ("torch", "numpy", "pandas", "unravelling")},
         "hardware": hardware(options.device),
         "sha256": hashlib.sha256(text).hexdigest(),
-    } | dict(about)
+        **about,
+    }
     content = json.dumps(record, indent=1, sort_keys=True) + "\n"
     write_atomically(path.with_suffix(".json"), lambda to: to.write_text(content, encoding="utf-8"))
-    write_atomically(path, partial(_write, text))
+    write_atomically(path, lambda to: to.write_bytes(text))
 
 
 def sweep(path: Path) -> None:
@@ -141,10 +138,17 @@ def checksum(weights: Path | Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def command(arguments: Sequence[str]) -> str:
+def command(arguments: list[str]) -> str:
     """Return this script's command line, as a shell takes it, without the names of folders outside the project."""
-    script = Path(sys.argv[0]).name
-    return shlex.join(["python", f"experiments/{script}", *map(_without_folder, arguments)])
+
+    def general(argument: str) -> str:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if os.sep not in value and value not in (".", "..") and not value.startswith("~"):
+            return argument
+        path = Path(value).expanduser().resolve()
+        return option + equals + (path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else "PATH")
+
+    return shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *map(general, arguments)])
 
 
 def commit() -> str:
@@ -152,16 +156,15 @@ def commit() -> str:
 
     A repository further up, or another project's, is not asked.
     """
-    own = Path(unravelling.__file__).resolve()
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    library = Path(unravelling.__file__).resolve().parent
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+        if not library.is_relative_to(ROOT) or Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return "unknown"
-        git("ls-files", "--error-unmatch", "--", str(own))
-        changed = git("status", "--porcelain", "--", "experiments", str(own.parent))
+        changed = git("status", "--porcelain", "--", "experiments", str(library))
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -173,40 +176,28 @@ def hardware(device: str) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}"
 
 
-def _without_folder(argument: str) -> str:
-    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    if os.sep not in value and value not in (".", "..") and not value.startswith("~"):
-        return argument
-    path = Path(value).expanduser().resolve()
-    return option + equals + (path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else "PATH")
-
-
 def _device(name: str) -> str:
-    if name == "auto":
-        return _free_gpu() if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used ({error}): choose cpu, cuda or auto") from error
-    return name
+    """Return a device that can be used; for "auto" a GPU that no other process of this project uses, if there is one.
 
-
-def _free_gpu() -> str:
-    """Return a GPU that no other process of this project uses; the first where there is no such."""
+    Where all of them are in use, that is the first.
+    """
+    if name != "auto":
+        try:
+            torch.zeros(1, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {name} cannot be used ({reason}): choose cpu, cuda or auto") from error
+        return name
     for number in range(torch.cuda.device_count()):
         lock = FileLock(Path(tempfile.gettempdir(), f"unravelling-{os.getuid()}-gpu{number}.lock"))
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=0)
             _held.append(lock)
             return f"cuda:{number}"
-    return "cuda:0"
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2147483647")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one number from 0 to 2147483647")
     return int(text)
-
-
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)

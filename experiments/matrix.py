@@ -8,11 +8,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from measurements import applicable
+import yaml
+from measurements import ENSEMBLE, applicable
 from unravelling import RECIPES, build
 
+TARGETS = ("paper", "weights", "toy")
 TRAINING = ("networks", "training", "gradient_norms", "spectrum_training")
 """Tables that train.py writes beside the weights."""
+KINDS = {"tier": int, "network": str, "variant": str, "recipe": str, "seeds": list, "measure": list, "ship": bool}
+KINDS["members"] = int
 
 
 @dataclass(frozen=True)
@@ -54,29 +58,46 @@ class Row:
         return [self.folder / f"{name}.csv" for name in self.measurements]
 
 
+def configuration() -> dict[str, Any]:
+    """Return the content of `config.yaml`.
+
+    Raises:
+        ValueError: it is broken; the message has the line.
+    """
+    path = Path(__file__).with_name("config.yaml")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: mend it ({error})") from error
+
+
 def rows(config: Mapping[str, Any], target: str) -> Iterator[Row]:
-    """Yield the rows of a target, in order.
+    """Yield the rows of a target, one of `TARGETS`, in order.
 
     Args:
         config: the content of `config.yaml`.
-        target: ``"paper"``, ``"weights"`` or ``"toy"``.
+        target: one of its parts.
 
     Raises:
-        ValueError: a recipe, a network or a key is unknown.
+        ValueError: a recipe, network, measurement or key is unknown, or of the wrong kind.
     """
-    known = {"tier", "network", "variant", "recipe", "seeds", "measure", "ship", "members"}
-    dataset, base, lines = (config[target][key] for key in ("dataset", "recipe", "rows"))
-    for line in lines:
-        if unknown := set(line) - known:
-            raise ValueError(
-                f"{target}: {', '.join(sorted(unknown))} is not known: a row has {', '.join(sorted(known))}"
-            )
+    dataset, base = config[target]["dataset"], config[target]["recipe"]
+    for line in config[target]["rows"]:
+        for key, value in line.items():
+            if key not in KINDS:
+                raise ValueError(f"{target}: {key} is not known: a row has {', '.join(KINDS)}")
+            if type(value) is not KINDS[key]:
+                raise ValueError(f"{target}: {key} must be a {KINDS[key].__name__}, not {value!r}")
         recipe = line.get("recipe") or "-".join(filter(None, (base, line.get("variant"))))
-        if recipe not in RECIPES:
-            raise ValueError(f"{target}: there is no recipe {recipe}: choose one of {', '.join(RECIPES)}")
         name, size = line["network"], line.get("members", 0)
-        measurements = tuple(line.get("measure", _applicable(name, dataset)))
+        possible = tuple(ENSEMBLE) if size else _applicable(name)
+        measurements = tuple(line.get("measure", possible))
+        for what, asked, known in (("recipe", [recipe], RECIPES), ("measurement", measurements, possible)):
+            if unknown := [one for one in asked if one not in known]:
+                raise ValueError(f"{target}: there is no {what} {unknown[0]} for {name}: choose {', '.join(known)}")
         for seed in line["seeds"]:
+            if type(seed) is not int or seed < 0:
+                raise ValueError(f"{target}: seeds are whole numbers from 0, not {seed!r}")
             members = tuple(Row(dataset, name, seed * size + i, recipe) for i in range(size))
             network = f"{name}x{size}" if size else name
             ships = line.get("ship", False) and seed == 0
@@ -84,5 +105,5 @@ def rows(config: Mapping[str, Any], target: str) -> Iterator[Row]:
 
 
 @cache
-def _applicable(network: str, dataset: str) -> tuple[str, ...]:
-    return tuple(applicable(build(network, dataset)))
+def _applicable(network: str) -> tuple[str, ...]:
+    return tuple(applicable(build(network, "digits")))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch loads ends this without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 import time
@@ -39,14 +44,14 @@ def measure(options: argparse.Namespace) -> None:
     together = options.what in ENSEMBLE
     if len(options.weights) > 1 and not together:
         raise ValueError(f"{options.what} takes one network: give --weights one file")
+    asked = {"dataset": options.dataset, "recipe": options.recipe}
+    asked |= {} if together else {"seed": options.seed, "network": options.network}
     for path in options.weights:
         found = header(path)
-        asked = {"dataset": options.dataset, "recipe": options.recipe} | ({} if together else {"seed": options.seed})
+        found["network"] = found["architecture"]["name"]
         for name, value in asked.items():
             if found.get(name) != value:
                 raise ValueError(f"{path} has {name} {found.get(name)}, not {value}: give its own weights")
-        if not together and found["architecture"]["name"] != options.network:
-            raise ValueError(f"{path} holds a {found['architecture']['name']}, not a {options.network}")
     data, chains = load_dataset(options.dataset, options.data), [load(path) for path in options.weights]
     chains = [as_tested(chain.to(options.device), RECIPES[options.recipe]) for chain in chains]
     measurement = (TABLE | ENSEMBLE)[options.what]
@@ -56,13 +61,8 @@ def measure(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     table = measurement.function(chains if together else chains[0], test, data, options.seed)
     seconds = round(time.perf_counter() - start, 1)
-    about = {
-        "data": data.label,
-        "images": words + measurement.note,
-        "seconds": seconds,
-        "weights": " ".join(map(checksum, options.weights)),
-    }
-    write(table, options.out, options, about)
+    about = {"data": data.label, "images": words + measurement.note, "seconds": seconds}
+    write(table, options.out, options, about | {"weights": " ".join(map(checksum, options.weights))})
     print(f"{options.network}-seed{options.seed}-{options.recipe}: {options.what}, {seconds:.0f} s", flush=True)
 
 

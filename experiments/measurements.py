@@ -10,12 +10,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from unravelling import ensemble, evaluate, lesion, paths
+from unravelling.batches import device_of
 from unravelling.chain import Chain
 from unravelling.data import Dataset, Split
 
@@ -34,12 +37,12 @@ PER_CLASS = 100
 def whole_network(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Evaluate the network as it is, and with batch norm re-estimated on training images.
 
-    A network trained with branches left out has collected its statistics in thinner networks than the tested one.
+    The second is the baseline of every re-estimated result: a network trained with branches left out has collected its
+    statistics in thinner networks than the tested one.
     """
-    batches = _batches(_first(data.train, 1000), chain, 250)
-    as_trained, healed = evaluate(chain, test), evaluate(lesion.reestimate_batch_norm(chain, batches), test)
-    columns = {"images": as_trained["images"], "error": as_trained["error"], "loss": as_trained["loss"]}
-    return pd.DataFrame([columns | {"reestimated_error": healed["error"], "reestimated_loss": healed["loss"]}])
+    scores = {"": evaluate(chain, test), "reestimated_": evaluate(_healed(chain, data), test)}
+    columns = {f"{kind}{name}": score[name] for kind, score in scores.items() for name in ("error", "loss")}
+    return pd.DataFrame([{"images": len(test)} | columns])
 
 
 def single_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
@@ -54,15 +57,21 @@ def random_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.
 
 def healed_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Repeat some of the random deletions, five a k, with batch norm re-estimated on training images."""
-    chosen = lesion.delete_random(chain, test, _numbers(chain), 5, seed)
-    batches = _batches(_first(data.train, 1000), chain, 250)
-    rows = []
-    for units in chosen["units"]:
-        healed = lesion.reestimate_batch_norm(chain.without(*map(int, units.split())), batches)
-        score = evaluate(healed, test)
-        rows.append({"reestimated_error": score["error"], "reestimated_loss": score["loss"]})
+    table = lesion.delete_random(chain, test, _numbers(chain), 5, seed)
+    chosen = [chain.without(*map(int, units.split())) for units in table["units"]]
+    healed = pd.DataFrame([evaluate(_healed(lesioned, data), test) for lesioned in chosen])
     columns = ["k", "trial", "units", "images", "error", "loss", "delta_error"]
-    return chosen[columns].join(pd.DataFrame(rows))
+    return table[columns].join(healed[["error", "loss"]].add_prefix("reestimated_"))
+
+
+def replaced_branches(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Put the branch's mean, another image's branch or noise in the place of each branch, or add noise to it."""
+    return lesion.replace_branches(chain, test, seed=seed)
+
+
+def predicted_by_gradients(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Predict each deletion to first order."""
+    return lesion.taylor_importance(chain, test)
 
 
 def pair_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
@@ -77,30 +86,86 @@ def damage_by_image(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.D
     Columns: ``image``, ``label``, ``loss`` of the intact chain, then ``unit0`` and so on. Not rounded, so that margins
     follow from the losses: log(exp(loss) - 1) is minus the log odds of the true class.
     """
-    intact = tuple(range(len(chain)))
-    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
-    _, loss = lesion.evaluate_variants(chain, test, variants)
-    table = pd.DataFrame((loss[1:] - loss[0]).T, columns=[f"unit{i}" for i in intact])
-    table.insert(0, "loss", loss[0])
-    table.insert(0, "label", test.labels.numpy())
-    table.insert(0, "image", np.arange(len(table)))
-    return table
+    before, after = _losses(chain, test)
+    table = {"image": np.arange(len(test)), "label": test.labels.numpy(), "loss": before}
+    return pd.DataFrame(table | {f"unit{i}": lost - before for i, lost in enumerate(after)})
+
+
+def variance_of_damage(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return where the variance of the damage matrix comes from, with and without the unit that costs the most.
+
+    Columns: ``statistics`` of batch norm, "trained", or "re-estimated" before and after each deletion; ``scale``, the
+    loss or the margin; ``without``, the unit left out, or none; ``size``, the root mean square of the damage (nats);
+    and as shares of its variance ``block``, ``image`` and ``interaction``.
+    """
+    losses = {"trained": _losses(chain, test)}
+    if has_batch_norm(chain):
+        healed = (_healed(one, data) for one in (chain, *map(chain.without, range(len(chain)))))
+        before, *after = (lesion.evaluate_variants(one, test, [range(len(one))])[1][0] for one in healed)
+        losses["re-estimated"] = before, np.stack(after)
+    rows = []
+    for statistics, (before, after) in losses.items():
+        margin = -np.log(np.expm1(np.maximum(before, 1e-9))), -np.log(np.expm1(np.maximum(after, 1e-9)))
+        for scale, damage in {"loss": (after - before).T, "margin": (margin[0] - margin[1]).T}.items():
+            worst = int(damage.mean(0).argmax())
+            for without, part in {"": damage, worst: np.delete(damage, worst, axis=1)}.items():
+                rows.append({"statistics": statistics, "scale": scale, "without": without, **variance_parts(part)})
+    return pd.DataFrame(rows)
+
+
+def variance_parts(table: np.ndarray) -> dict[str, float]:
+    """Split the variance of a table ``(images, blocks)`` into shares of block, image and their interaction."""
+    block, image = (table.mean(axis, keepdims=True) - table.mean() for axis in (0, 1))
+    parts = {"block": block, "image": image, "interaction": table - table.mean() - block - image}
+    shares = {name: float((part**2).mean() / table.var()) for name, part in parts.items()}
+    return {"size": float((table**2).mean() ** 0.5), **shares}
 
 
 def swapped_orders(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Swap random pairs of units, 25 orders for each number of swaps of `SWAPS` that the chain has pairs for."""
-    return lesion.reorder(chain, test, _swaps(chain), 25, seed).drop(columns="order")
+    sizes = Counter(unit.stage for unit in chain.units if not unit.is_transition)
+    pairs = sum(math.comb(size, 2) for size in sizes.values())
+    swaps = [k for k in SWAPS if k is None or k <= pairs]
+    return lesion.reorder(chain, test, swaps, 25, seed).drop(columns="order")
 
 
-def spectrum_of_batches(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
-    """Return the exact gradient by path length for batches of 128 test and training images; of 64 of the digits."""
-    size = 128 if data.name == "cifar10" else 64
+def spectrum_of_batches(
+    chain: Chain, test: Split, data: Dataset, seed: int, at_weights: bool = False, batch_statistics: bool = False
+) -> pd.DataFrame:
+    """Return the exact gradient by path length for batches of 128 test and training images; of 64 of the digits.
+
+    At y_0 or, as updates follow it, at all weights of the branches; with stored statistics of batch norm or, as in
+    training, with each batch's own.
+    """
     tables = []
-    for name, split in (("test", test), ("train", _first(data.train, len(test)))):
-        for batch, (x, y) in enumerate(_batches(split, chain, size)):
-            table = paths.spectrum(paths.gradient_by_length(chain, x, y))
+    for name, split in (("test", test), ("train", first(data.train, len(test)))):
+        for batch, (x, y) in enumerate(split.batches(_spectrum_batch(data), device_of(chain))):
+            if at_weights:
+                table = paths.weight_spectrum(chain, x, y, batch_statistics=batch_statistics)
+                whole = {"norm": lambda norms: (norms**2).sum() ** 0.5, "share": "sum"}
+                table = table.groupby("length", as_index=False).agg(whole)
+            else:
+                table = paths.spectrum(paths.gradient_by_length(chain, x, y, batch_statistics=batch_statistics))
             tables.append(table.assign(split=name, batch=batch))
     return pd.concat(tables)[["split", "batch", "length", "norm", "share"]]
+
+
+def other_splits(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return the spectrum of the first test batch when c·y is taken for the skip and the rest for the branch.
+
+    Columns: ``split``, "as it is", "trace-free" (each branch's Jacobian, by Hutchinson's estimator) or a factor c for
+    all; ``length``, ``norm``, ``share``.
+    """
+    x, y = test.batches(_spectrum_batch(data), device_of(chain))[0]
+    factors = {"as it is": 1.0, "trace-free": paths.canonical_split(chain, x, seed=seed)["c"]}
+    factors |= {str(c): c for c in (0.5, 0.9, 1.1)}
+    spectra = {name: paths.spectrum(paths.gradient_by_length(chain.split(c), x, y)) for name, c in factors.items()}
+    return pd.concat([spectrum.assign(split=name) for name, spectrum in spectra.items()])
+
+
+def trace_free_split(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
+    """Return for every unit how much of the identity lies in its branch, on the first test batch."""
+    return paths.canonical_split(chain, test.batches(_spectrum_batch(data), device_of(chain))[0][0], seed=seed)
 
 
 def spectrum_in_training(chain: Chain, data: Dataset) -> pd.DataFrame:
@@ -109,8 +174,8 @@ def spectrum_in_training(chain: Chain, data: Dataset) -> pd.DataFrame:
     Batch norm statistics are averaged over 256 training images first: the running ones lag behind, and before the first
     step there are none.
     """
-    chain = lesion.reestimate_batch_norm(chain, _batches(_first(data.train, 256), chain, 128))
-    x, y = _batches(data.validation, chain, 64)[0]
+    chain = lesion.reestimate_batch_norm(chain, first(data.train, 256).batches(128, device_of(chain)))
+    x, y = data.validation.batches(64, device_of(chain))[0]
     return paths.spectrum(paths.gradient_by_length(chain, x, y))
 
 
@@ -124,7 +189,7 @@ def norms_of_paths(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Da
     """
     chain = copy.deepcopy(chain).double()
     samples = 100 if data.name == "cifar10" else 20
-    x, y = _batches(test, chain, len(test))[0]
+    x, y = test.batches(len(test), device_of(chain))[0]
     x = x.double()
     table = paths.path_norms(chain, x, y, 20, seed)
     table["exact"] = paths.spectrum(paths.gradient_by_length(chain, x, y))["norm"]
@@ -135,13 +200,13 @@ def norms_of_paths(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Da
 
 def length_of_each_image(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Return every test image's mean path length and its mode, the length with the largest share."""
-    rows = []
-    for x, y in _batches(test, chain, 100):
+    parts = []
+    for x, y in test.batches(100, device_of(chain)):
         table = paths.spectrum(paths.gradient_by_length(chain, x, y), per_sample=True)
         shares = table.pivot(index="sample", columns="length", values="share")
         mean = shares.mul(shares.columns).sum(axis=1)
-        rows.append(pd.DataFrame({"mean_length": mean, "mode": shares.idxmax(axis=1), "label": y.cpu().numpy()}))
-    return pd.concat(rows, ignore_index=True).rename_axis("image").reset_index()
+        parts.append(pd.DataFrame({"mean_length": mean, "mode": shares.idxmax(axis=1), "label": y.cpu().numpy()}))
+    return pd.concat(parts, ignore_index=True).rename_axis("image").reset_index()
 
 
 def size_and_direction(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
@@ -151,26 +216,19 @@ def size_and_direction(chain: Chain, test: Split, data: Dataset, seed: int) -> p
     ``descent``, the cosine of f and minus the gradient of the image's loss at the sum (Jastrzębski et al., 2018). The
     last two are means over the images.
     """
-    cosine = torch.nn.functional.cosine_similarity
     parts = []
-    for x, y in _batches(test, chain, 100):
+    for x, y in test.batches(100, device_of(chain)):
         states = chain.trace(x)
-        loss = torch.nn.functional.cross_entropy(chain.head(states[-1]), y, reduction="sum")
-        gradients = torch.autograd.grad(loss, states[1:])
+        gradients = torch.autograd.grad(cross_entropy(chain.head(states[-1]), y, reduction="sum"), states[1:])
         for i, unit in enumerate(chain.units):
-            if unit.branch is None:
-                continue
             with torch.no_grad():
                 f, skip = (part(states[i]).flatten(1) for part in (unit.branch, unit.skip))
-                columns = {
-                    "ratio": f.norm(dim=1) / skip.norm(dim=1),
-                    "cosine": cosine(f, skip),
-                    "descent": cosine(f, -gradients[i].flatten(1)),
-                }
+                down = -gradients[i].flatten(1)
+                columns = {"ratio": f.norm(dim=1) / skip.norm(dim=1), "cosine": cosine_similarity(f, skip)}
+                columns |= {"descent": cosine_similarity(f, down)}
             parts.append(pd.DataFrame({"unit": i} | {name: value.cpu().numpy() for name, value in columns.items()}))
-    by_unit = pd.concat(parts).groupby("unit")
-    table = by_unit.agg(ratio=("ratio", "median"), cosine=("cosine", "mean"), descent=("descent", "mean"))
-    return table.reset_index()
+    how = {"ratio": "median", "cosine": "mean", "descent": "mean"}
+    return pd.concat(parts).groupby("unit", as_index=False).agg(how)
 
 
 def shift_of_statistics(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
@@ -180,29 +238,25 @@ def shift_of_statistics(chain: Chain, test: Split, data: Dataset, seed: int) -> 
     states, where μ and σ are moments over 500 training images; ``delta_loss``, what the deletion adds to the test loss
     (nats); ``reestimated_delta_loss``, the same with batch norm statistics of these images before and after.
     """
-    train = _first(data.train, 500)
-    x, _ = _batches(train, chain, len(train))[0]
-    batches = _batches(train, chain, 250)
-    loss = evaluate(chain, test)["loss"]
-    reestimated_loss = evaluate(lesion.reestimate_batch_norm(chain, batches), test)["loss"]
-    moments = _moments(chain, x)
+    x, _ = first(data.train, 500).batches(500, device_of(chain))[0]
+
+    def measured(chain: Chain) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+        with torch.inference_mode():
+            states = chain.trace(x)
+        mean = [y.mean((0, 2, 3)) for y in states]
+        std = [y.std((0, 2, 3), correction=0) for y in states]
+        return mean, std, evaluate(chain, test)["loss"], evaluate(_healed(chain, data, 500), test)["loss"]
+
+    mean, std, loss, reestimated = measured(chain)
     rows = []
     for i in range(len(chain)):
-        lesioned = chain.without(i)
+        new_mean, new_std, new_loss, new_reestimated = measured(chain.without(i))
         moved = [
-            ((mean - old_mean).square() + (std - old_std).square()) / (old_std.square() + 1e-5)
-            for (mean, std), (old_mean, old_std) in zip(_moments(lesioned, x)[i + 1 :], moments[i + 1 :], strict=True)
+            ((new_mean[j] - mean[j]).square() + (new_std[j] - std[j]).square()) / (std[j].square() + 1e-5)
+            for j in range(i + 1, len(mean))
         ]
-        healed = lesion.reestimate_batch_norm(lesioned, batches)
-        rows.append(
-            {
-                "unit": i,
-                "shift": torch.cat(moved).mean().sqrt().item(),
-                "delta_loss": evaluate(lesioned, test)["loss"] - loss,
-                "reestimated_delta_loss": evaluate(healed, test)["loss"] - reestimated_loss,
-            }
-        )
-    return pd.DataFrame(rows)
+        rows.append((i, torch.cat(moved).mean().sqrt().item(), new_loss - loss, new_reestimated - reestimated))
+    return pd.DataFrame(rows, columns=["unit", "shift", "delta_loss", "reestimated_delta_loss"])
 
 
 def random_parts(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
@@ -210,18 +264,9 @@ def random_parts(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Data
     rows = []
     for active in (a for a in ACTIVE if a <= len(chain)):
         logits, labels = ensemble.random_subnetworks(chain, test, active, 20, seed)
-        wrong, _ = lesion.score(logits, labels)
-        averaged, _ = lesion.score(ensemble.average(logits), labels)
-        rows.append(
-            {
-                "active": active,
-                "members": len(logits),
-                "mean_error": wrong.mean(),
-                "best_error": wrong.mean(1).min(),
-                "averaged_error": averaged.mean(),
-                "disagreement": ensemble.disagreement(logits),
-            }
-        )
+        alone, averaged = (lesion.score(members, labels)[0] for members in (logits, ensemble.average(logits)))
+        errors = {"mean_error": alone.mean(), "best_error": alone.mean(1).min(), "averaged_error": averaged.mean()}
+        rows.append({"active": active, "members": len(logits), **errors, "disagreement": ensemble.disagreement(logits)})
     return pd.DataFrame(rows)
 
 
@@ -240,6 +285,11 @@ def has_batch_norm(chain: Chain) -> bool:
     return any(isinstance(module, _BatchNorm) for module in chain.modules())
 
 
+def has_both(chain: Chain) -> bool:
+    """Return whether there are paths to follow, and statistics on which they may depend."""
+    return has_skips(chain) and has_batch_norm(chain)
+
+
 def every(chain: Chain, data: Dataset) -> tuple[Split, str]:
     """Return all test images, and what they are in words."""
     return data.test, f"all {len(data.test)} test images"
@@ -252,22 +302,22 @@ def some(chain: Chain, data: Dataset) -> tuple[Split, str]:
     return data.test.stratified(PER_CLASS), f"the first {PER_CLASS} test images of every class"
 
 
-def fast(chain: Chain, data: Dataset) -> tuple[Split, str]:
-    """Return all test images on a GPU, a fixed part of them on a CPU, and which, in words."""
-    return (every if next(chain.parameters()).is_cuda else some)(chain, data)
-
-
-def batches(chain: Chain, data: Dataset) -> tuple[Split, str]:
-    """Return the images for the spectrum, and what they are in words."""
-    number, size = (10, 128) if data.name == "cifar10" else (5, 64)
+def batches(chain: Chain, data: Dataset, most: int = 10) -> tuple[Split, str]:
+    """Return the images for the spectrum, in at most so many batches, and what they are in words."""
+    number, size = min(most, 10 if data.name == "cifar10" else 5), _spectrum_batch(data)
     words = f"the first {number} batches of {size} test and of {size} training images"
-    return _first(data.test, number * size), words
+    return first(data.test, number * size), words
 
 
 def few(chain: Chain, data: Dataset) -> tuple[Split, str]:
     """Return the images for single paths, and what they are in words."""
     images = 16 if data.name == "cifar10" else 32
-    return _first(data.test, images), f"the first {images} test images"
+    return first(data.test, images), f"the first {images} test images"
+
+
+def first(split: Split, images: int) -> Split:
+    """Return the first images of a split; all of them where there are no more."""
+    return split.take(torch.arange(min(images, len(split))))
 
 
 @dataclass(frozen=True)
@@ -287,20 +337,29 @@ class Measurement:
     note: str = ""
 
 
+two_batches = partial(batches, most=2)
+HEALED = "; statistics from 1000 training images"
 TABLE = {
-    "intact": Measurement(whole_network, note="; statistics from 1000 training images"),
+    "intact": Measurement(whole_network, note=HEALED),
     "delete_each": Measurement(single_deletions),
-    "delete_random": Measurement(random_deletions, fast),
-    "delete_reestimated": Measurement(healed_deletions, fast, has_batch_norm, "; statistics from 1000 training images"),
-    "delete_pairs": Measurement(pair_deletions, fast, lambda chain: len(chain) >= 5),
+    "delete_random": Measurement(random_deletions, some),
+    "delete_reestimated": Measurement(healed_deletions, some, has_batch_norm, HEALED),
+    "delete_pairs": Measurement(pair_deletions, some, lambda chain: len(chain) >= 5),
     "damage": Measurement(damage_by_image, some),
-    "reorder": Measurement(swapped_orders, fast, lambda chain: len(chain) >= 5),
+    "reorder": Measurement(swapped_orders, some, lambda chain: len(chain) >= 5),
     "spectrum": Measurement(spectrum_of_batches, batches, has_skips),
     "path_norms": Measurement(norms_of_paths, few, has_skips),
     "lengths": Measurement(length_of_each_image, some, has_skips),
-    "branches": Measurement(size_and_direction, fast, has_skips),
-    "batch_norm_shift": Measurement(shift_of_statistics, fast, has_batch_norm, "; statistics from 500 training images"),
-    "subnetworks": Measurement(random_parts, fast, lambda chain: has_skips(chain) and len(chain) >= min(ACTIVE)),
+    "branches": Measurement(size_and_direction, some, has_skips),
+    "replace": Measurement(replaced_branches, some),
+    "taylor": Measurement(predicted_by_gradients, some),
+    "variance": Measurement(variance_of_damage, some, note=HEALED),
+    "spectrum_weights": Measurement(partial(spectrum_of_batches, at_weights=True), two_batches, has_skips),
+    "spectrum_batch_norm": Measurement(partial(spectrum_of_batches, batch_statistics=True), two_batches, has_both),
+    "spectrum_splits": Measurement(other_splits, two_batches, has_skips, "; of these the first of test images"),
+    "trace_free_split": Measurement(trace_free_split, two_batches, has_skips, "; of these the first of test images"),
+    "batch_norm_shift": Measurement(shift_of_statistics, some, has_batch_norm, "; statistics from 500 training images"),
+    "subnetworks": Measurement(random_parts, some, lambda chain: has_skips(chain) and len(chain) >= min(ACTIVE)),
 }
 """What is measured on one network, by the name of the file that holds the results."""
 
@@ -313,25 +372,22 @@ def applicable(chain: Chain) -> list[str]:
     return [name for name, measurement in TABLE.items() if measurement.applies(chain)]
 
 
+def _losses(chain: Chain, test: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return every image's loss ``(images,)`` in the intact chain, and ``(n, images)`` without each unit."""
+    intact = tuple(range(len(chain)))
+    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
+    _, loss = lesion.evaluate_variants(chain, test, variants)
+    return loss[0], loss[1:]
+
+
+def _spectrum_batch(data: Dataset) -> int:
+    return 128 if data.name == "cifar10" else 64
+
+
 def _numbers(chain: Chain) -> list[int]:
     return [k for k in K if k < len(chain)]
 
 
-def _swaps(chain: Chain) -> list[int | None]:
-    sizes = Counter(unit.stage for unit in chain.units if not unit.is_transition)
-    pairs = sum(math.comb(size, 2) for size in sizes.values())
-    return [k for k in SWAPS if k is None or k <= pairs]
-
-
-def _moments(chain: Chain, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return mean and standard deviation ``(channels,)`` of every state y_0 … y_n, over images and pixels."""
-    with torch.inference_mode():
-        return [(y.mean((0, 2, 3)), y.std((0, 2, 3), correction=0)) for y in chain.trace(x)]
-
-
-def _first(split: Split, images: int) -> Split:
-    return split.take(torch.arange(min(images, len(split))))
-
-
-def _batches(split: Split, chain: Chain, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return split.batches(size, next(chain.parameters()).device)
+def _healed(chain: Chain, data: Dataset, images: int = 1000) -> Chain:
+    """Return a chain with batch norm re-estimated on the first training images, in batches of 250."""
+    return lesion.reestimate_batch_norm(chain, first(data.train, images).batches(250, device_of(chain)))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch loads ends this without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import math
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 from cells import checksum, parser, run, sweep, write
-from measurements import spectrum_in_training
+from measurements import first, has_skips, spectrum_in_training
 from unravelling import build, evaluate, fit, gradient_norms, save
+from unravelling.batches import device_of
 from unravelling.chain import Chain
 from unravelling.data import Dataset, load_dataset, write_atomically
 from unravelling.train import RECIPES, as_tested
@@ -44,30 +48,40 @@ def train(options: argparse.Namespace) -> None:
             seed or dataset; or the loss is no longer finite.
         OSError: a file could not be written; what was written before is whole.
     """
+    name = f"{options.network}-seed{options.seed}-{options.recipe}"
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out {options.out}: weights are kept in a file that ends with .safetensors")
-    checkpoint = options.checkpoint or options.out.with_name("checkpoint.pt")
     if options.out.exists():
-        print(f"{_name(options)}: done already ({options.out})")
+        print(f"{name}: done already ({options.out})")
         return
+    checkpoint = options.checkpoint or options.out.with_name("checkpoint.pt")
+    previous, progress = checkpoint.with_suffix(".previous.pt"), checkpoint.with_suffix(".seconds.json")
     recipe, data = RECIPES[options.recipe], load_dataset(options.dataset, options.data)
     chain = build(options.network, options.dataset, seed=options.seed).to(options.device)
     total = recipe.epochs or math.ceil((recipe.iterations or 0) / (len(data.train) // recipe.batch_size))
-    _mend(checkpoint)
+    sweep(checkpoint)
     sweep(options.out)
-    progress = checkpoint.with_suffix(".seconds.json")
+    fitting = partial(fit, chain, data, recipe, seed=options.seed, progress=sys.stderr.isatty())
+    try:
+        fitting(checkpoint=checkpoint, stop_after=0)  # only reads it
+    except ValueError as error:
+        if not previous.exists():
+            raise
+        fitting(checkpoint=previous, stop_after=0)
+        print(f"{error}\ngoing on from the one before it, an epoch earlier", flush=True)
+        write_atomically(checkpoint, lambda to: shutil.copyfile(previous, to))
     seconds = json.loads(progress.read_text()) if checkpoint.exists() and progress.exists() else []
     clock = time.perf_counter()
 
     def on_epoch(epoch: int, chain: Chain) -> None:
         """Measure the network in training, into files beside the checkpoint, and keep the checkpoint before it."""
         seconds[max(0, epoch - 1) :] = [round(time.perf_counter() - clock, 1)] if epoch else []
-        for name, table in _in_training(epoch, chain, data).items():
-            path = checkpoint.with_suffix(f".{epoch}.{name}.csv")
+        for what, table in _in_training(epoch, total, chain, data).items():
+            path = checkpoint.with_suffix(f".{epoch}.{what}.csv")
             write_atomically(path, partial(table.assign(epoch=epoch).to_csv, index=False))
         write_atomically(progress, lambda to: to.write_text(json.dumps(seconds)))
         if checkpoint.exists():
-            write_atomically(_previous(checkpoint), lambda to: shutil.copyfile(checkpoint, to))
+            write_atomically(previous, lambda to: shutil.copyfile(checkpoint, to))
 
     if not checkpoint.exists():
         on_epoch(0, chain)
@@ -75,21 +89,10 @@ def train(options: argparse.Namespace) -> None:
     with _compiled(chain, options.compile):
         while len(history) < total:
             clock = time.perf_counter()
-            history = fit(
-                chain,
-                data,
-                recipe,
-                seed=options.seed,
-                checkpoint=checkpoint,
-                stop_after=1,
-                on_epoch=on_epoch,
-                progress=sys.stderr.isatty(),
-            )
+            history = fitting(checkpoint=checkpoint, stop_after=1, on_epoch=on_epoch)
             now = history.iloc[-1]
             errors = f"errors: training {100 * now.train_error:.1f} %, validation {100 * now.validation_error:.1f} %"
-            print(f"{_name(options)}: epoch {len(history)} of {total}, {seconds[-1]:.0f} s; {errors}", flush=True)
-    if not history["train_loss"].map(math.isfinite).all():
-        raise ValueError(f"{_name(options)} diverged: its training loss is not finite; nothing is written")
+            print(f"{name}: epoch {len(history)} of {total}, {seconds[-1]:.0f} s; {errors}", flush=True)
     _write(chain, data, history, checkpoint, options, sum(seconds))
 
 
@@ -98,44 +101,46 @@ def _write(
 ) -> None:
     """Write the tables, then the weights, whose presence says that all is there; then drop what is needed no more."""
     start = time.perf_counter()
-    some = min(10_000, len(data.train))
-    splits = {"train": data.train.take(torch.arange(some)), "validation": data.validation, "test": data.test}
+    some = first(data.train, 10_000)
+    splits = {"train": some, "validation": data.validation, "test": data.test}
     tested = as_tested(chain, RECIPES[options.recipe])
     scores = {name: evaluate(tested, split) for name, split in splits.items()}
     columns = {f"{split}_{name}": scores[split][name] for split in splits for name in ("error", "loss", "images")}
+    if not all(map(math.isfinite, [*history["train_loss"], *(score["loss"] for score in scores.values())])):
+        raise ValueError(f"{options.out}: the training diverged, its losses are not finite; nothing is written")
     number = sum(parameter.numel() for parameter in chain.parameters())
     tables = {"training": history, "networks": pd.DataFrame([{"parameters": number} | columns])}
-    for name, epochs in (
-        ("gradient_norms", {0, 1, len(history) // 2, len(history)}),
-        ("spectrum_training", SNAPSHOTS & {0, *history["epoch"]}),
-    ):
-        files = [checkpoint.with_suffix(f".{epoch}.{name}.csv") for epoch in sorted(epochs)]
+    for name in ("gradient_norms", "spectrum_training"):
+        files = [checkpoint.with_suffix(f".{epoch}.{name}.csv") for epoch in sorted(_snapshots(len(history))[name])]
         if all(file.exists() for file in files):
-            table = pd.concat([pd.read_csv(file) for file in files])
+            table = pd.concat(map(pd.read_csv, files))
             tables[name] = table[["epoch", *table.columns.drop("epoch")]]
-    about = {
-        "data": data.label,
-        "seconds": round(seconds + time.perf_counter() - start, 1),
-        "weights": checksum(chain.state_dict()),
-    }
-    images = f"all {len(data.test)} test and {len(data.validation)} validation images, the first {some} training images"
+    total = round(seconds + time.perf_counter() - start, 1)
+    about = {"data": data.label, "seconds": total, "weights": checksum(chain.state_dict())}
+    images = f"all {len(data.test)} test and {len(data.validation)} validation images, the first {len(some)} training "
     for name, table in tables.items():
-        more = {"images": images} if name == "networks" else {}
+        more = {"images": f"{images}images"} if name == "networks" else {}
         write(table, options.out.with_name(f"{name}.csv"), options, about | more)
     errors = {f"{split}_error": scores[split]["error"] for split in splits}
     save(chain, options.out, dataset=options.dataset, recipe=options.recipe, seed=options.seed, **errors)
     for left in checkpoint.parent.glob(f"{checkpoint.stem}.*"):
         left.unlink()
-    print(f"{_name(options)}: test error {100 * scores['test']['error']:.2f} %, {about['seconds']:.0f} s", flush=True)
+    print(f"{options.out}: test error {100 * scores['test']['error']:.2f} %, {total:.0f} s", flush=True)
 
 
-def _in_training(epoch: int, chain: Chain, data: Dataset) -> dict[str, pd.DataFrame]:
+def _snapshots(total: int) -> dict[str, set[int]]:
+    """Return the epochs after which each table of a network in training is made."""
+    return {"gradient_norms": {0, 1, total // 2, total}, "spectrum_training": SNAPSHOTS & {*range(total + 1)}}
+
+
+def _in_training(epoch: int, total: int, chain: Chain, data: Dataset) -> dict[str, pd.DataFrame]:
     """Return what is measured on a network in training: gradient norms, and now and then the gradient by length."""
-    chain.train()
-    device = next(chain.parameters()).device
-    fixed = data.train.take(torch.arange(min(256, len(data.train)))).batches(256, device)[0]
-    tables = {"gradient_norms": gradient_norms(chain, *fixed)}
-    if epoch in SNAPSHOTS and all(unit.residual for unit in chain.units):
+    due = {name for name, epochs in _snapshots(total).items() if epoch in epochs}
+    tables = {}
+    if "gradient_norms" in due:
+        chain.train()
+        tables["gradient_norms"] = gradient_norms(chain, *first(data.train, 256).batches(256, device_of(chain))[0])
+    if "spectrum_training" in due and has_skips(chain):
         tables["spectrum_training"] = spectrum_in_training(chain, data)
     return tables
 
@@ -152,44 +157,14 @@ def _compiled(chain: Chain, wanted: bool) -> Iterator[None]:
         return
     import torch._dynamo  # seconds, which nobody else should wait for
 
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = 64
-    for unit in chain.units:
-        unit.compile(dynamic=False)
-    try:
-        yield
-    finally:
-        torch._dynamo.config.recompile_limit = limit
+    with torch._dynamo.config.patch(recompile_limit=64):
         for unit in chain.units:
-            unit._compiled_call_impl = None
-
-
-def _mend(checkpoint: Path) -> None:
-    """Put the checkpoint of the epoch before in the place of one whose bytes are damaged."""
-    sweep(checkpoint)
-    previous = _previous(checkpoint)
-    if checkpoint.exists() and not _whole(checkpoint) and previous.exists() and _whole(previous):
-        print(f"checkpoint {checkpoint} is corrupt: going on from the one before it, an epoch earlier", flush=True)
-        write_atomically(checkpoint, lambda to: shutil.copyfile(previous, to))
-    if checkpoint.exists() and not _whole(checkpoint):
-        raise ValueError(f"checkpoint {checkpoint} is corrupt: delete it to train from the start")
-
-
-def _previous(checkpoint: Path) -> Path:
-    return checkpoint.with_suffix(".previous.pt")
-
-
-def _whole(path: Path) -> bool:
-    """Return whether every part of a checkpoint has its checksum, which torch.load does not look at."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError):
-        return False
-
-
-def _name(options: argparse.Namespace) -> str:
-    return f"{options.network}-seed{options.seed}-{options.recipe}"
+            unit.compile(dynamic=False)
+        try:
+            yield
+        finally:
+            for unit in chain.units:
+                unit._compiled_call_impl = None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     book.py execute 05-deleting-blocks           run a notebook into _build/executed
     book.py pages _build/executed _build/html    build the pages from runs, warnings being errors
     book.py refresh 05-deleting-blocks           write the outputs of a run back into book/
+    book.py owner https://github.com/you/book    name the repository, wherever it is named
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import importlib.util
+import contextlib
+import csv
+import io
 import json
 import os
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import yaml
@@ -33,8 +37,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BOOK, BUILD = ROOT / "book", ROOT / "_build"
 CODE, EXECUTED, REPORTS = BUILD / "code", BUILD / "executed", BUILD / "reports"
 CELL_TIMEOUT = 900  # seconds
+LIMITS = {"04-training": (1500, 120), "11-your-own-network": (2500, 120)}  # others: what Binder gives, and patience
+LIMIT = (1500, 60)  # megabytes, and seconds of two cores, which count in `make test` alone: machines differ
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill puts in
 KEPT = ("tags", "mystnb")  # what a cell's metadata may hold; editors and papermill add the rest
+PLACEHOLDER = "# placeholder"  # what follows the repository's address in _config.yml until somebody owns it
 VERSIONS = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib", "seaborn")
 
 
@@ -49,8 +56,12 @@ def write(path: Path, data: str | bytes) -> bool:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    scratch.write_bytes(data)
-    os.replace(scratch, path)
+    try:
+        scratch.write_bytes(data)
+        os.replace(scratch, path)
+    except OSError as error:  # a full disk's error does not say which file it met
+        scratch.unlink(missing_ok=True)
+        raise BookError(f"{path} was not written: {error.strerror}; an earlier one is as it was") from error
     return True
 
 
@@ -72,19 +83,44 @@ def code(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def settings() -> dict[str, Any]:
+    """What _config.yml says."""
+    return yaml.safe_load((ROOT / "_config.yml").read_text())
+
+
 def bootstrap() -> str:
     """The code of the Colab cell; the repository's address comes from _config.yml."""
-    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    address = settings()["repository"]
     url = address["url"].rstrip("/")
     cell = (ROOT / "scripts/colab.txt").read_text().rstrip()
     return cell.format(url=url, branch=address["branch"], name=url.rsplit("/", 1)[-1])
 
 
-def declared(notebook: NotebookNode) -> list[str]:
-    """The names that the parameters cell assigns; papermill takes any other with no more than a warning."""
-    trees = [ast.parse(cell.source) for cell in code(notebook) if "parameters" in tags(cell)]
-    names = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    return [node.id for node in names if isinstance(node.ctx, ast.Store)]
+def declared(notebook: NotebookNode) -> dict[str, Any]:
+    """What the parameters cell assigns; papermill takes any other name with no more than a warning."""
+    trees = [ast.parse(cell.source).body for cell in code(notebook) if "parameters" in tags(cell)]
+    lines = [line for tree in trees for line in tree if isinstance(line, ast.Assign)]
+    return {target.id: ast.literal_eval(line.value) for line in lines for target in line.targets}
+
+
+def refuse(name: str, value: Any, default: Any) -> None:
+    """Raise unless a parameter may have this value: one of the kind of its default, and in range."""
+    folder = ROOT / "data/results"
+    named = {"DATASET": {path.name for path in folder.glob("*/")}, "RECIPE": {"default"}}.get(name)
+    for table in folder.glob("*/networks.csv") if name == "RECIPE" else []:
+        named |= {row["recipe"] for row in csv.DictReader(table.open())}
+    least = 1 if default is None or default else 0  # what is 0 at first may be 0: a seed, "as many as usual"
+    if named:
+        fits, wanted = value in named, "one of " + ", ".join(sorted(named))
+    elif default is None or type(default) is int:
+        fits = value is None if value is None else type(value) is int and value >= least
+        fits, wanted = fits and (value is not None or default is None), f"a whole number of at least {least}"
+        wanted += ", or null for the page's own choice" * (default is None)
+    else:
+        kind = type(default)
+        fits, wanted = type(value) is kind, {bool: "true or false", str: "text"}.get(kind, f"a {kind.__name__}")
+    if not fits:
+        raise BookError(f"the parameter {name} cannot be {value!r}: it takes {wanted}")
 
 
 def tidy(notebook: NotebookNode) -> list[str]:
@@ -145,21 +181,27 @@ def prepare(*options: str) -> None:
     for path in paths:
         cells = [[cell.source, "parameters" in tags(cell)] for cell in code(read(path)) if "colab" not in tags(cell)]
         own = {name: value for name, value in given.items() if name in known[path]}
+        for name, value in own.items():
+            refuse(name, value, known[path][name])
         write(CODE / f"{path.stem}.json", json.dumps({"parameters": own, "cells": cells}))
     write(CODE / "versions.json", json.dumps([sys.version, *map(metadata.version, VERSIONS)]))
 
 
 def execute(name: str) -> None:
-    """Run a notebook and print its seconds and its peak memory; a run that fails leaves a report, and nothing else."""
+    """Run a notebook and print its seconds and its peak memory; a run that fails leaves a report, and nothing else.
+
+    A run above the limits fails too, unless it has parameters of its own. Seconds are those of two cores at work.
+    """
     import papermill
 
     report, start = REPORTS / f"{name}.ipynb", time.time()
+    parameters = json.loads((CODE / f"{name}.json").read_text())["parameters"]
     REPORTS.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     try:
         executed = papermill.execute_notebook(
-            read(BOOK / f"{name}.ipynb"), report, json.loads((CODE / f"{name}.json").read_text())["parameters"],
-            kernel_name="python3", language="python", cwd=BOOK, progress_bar=False, execution_timeout=CELL_TIMEOUT,
+            read(BOOK / f"{name}.ipynb"), report, parameters, kernel_name="python3", language="python", cwd=BOOK,
+            progress_bar=False, execution_timeout=CELL_TIMEOUT,
             extra_arguments=["--IPKernelApp.log_level=ERROR"])  # a kernel warns about its sockets
     except Exception as error:  # whatever stopped the notebook
         cells = [c for c in read(report).cells if not ADDED.intersection(tags(c))] if report.exists() else []
@@ -169,42 +211,91 @@ def execute(name: str) -> None:
                         f"{getattr(error, 'evalue', error)}\nas far as it got: {report.relative_to(ROOT)}") from error
     for note in tidy(executed):
         print(f"warning: {name}.ipynb, {note}", file=sys.stderr)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    megabytes = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6  # kibibytes, but bytes on macOS
+    seconds, (most, longest) = (used.ru_utime + used.ru_stime) / 2, LIMITS.get(name, LIMIT)
+    print(f"{name:<34}{time.time() - start:>7.1f} s{megabytes:>7.0f} MB", flush=True)
+    if not parameters and (megabytes > most or (seconds > longest and "LIMITED" in os.environ)):
+        raise BookError(f"{name}.ipynb used {megabytes:.0f} MB and {seconds:.0f} s of two cores; it may use "
+                        f"{most} MB and {longest} s: see LIMITS in scripts/book.py")
     write(EXECUTED / report.name, nbformat.writes(executed))
     os.utime(EXECUTED / report.name, (start, start))  # whatever is edited during a run is newer than it
     report.unlink()
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # kibibytes, but bytes on macOS
-    megabytes = peak * (1 if sys.platform == "darwin" else 1024) / 1e6
-    print(f"{name:<34}{time.time() - start:>7.1f} s{megabytes:>7.0f} MB", flush=True)
 
 
 def pages(runs: str, target: str) -> None:
     """Build the pages from a copy that holds the book alone, and replace the old ones once that succeeded."""
+    from jupyter_book.sphinx import build_sphinx
+
+    if PLACEHOLDER in (ROOT / "_config.yml").read_text():
+        print("warning: the repository's address in _config.yml is a placeholder, so links to Colab, Binder and the "
+              "repository lead nowhere: make owner URL=https://github.com/you/book", file=sys.stderr)
+
     BUILD.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD, prefix="pages-") as scratch:
-        source, start = Path(scratch, "source").resolve(), time.time()
+    for left in BUILD.glob("pages-*"):  # by a builder that was killed
+        if not Path(f"/proc/{left.name.split('-')[1]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=BUILD, prefix=f"pages-{os.getpid()}-") as scratch:
+        source, start, log = Path(scratch, "source").resolve(), time.time(), io.StringIO()
         shutil.copytree(BOOK, source / "book", ignore=shutil.ignore_patterns("*.ipynb", ".*", "__pycache__"))
-        for name in ("_config.yml", "_toc.yml"):
-            shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / "_toc.yml", source)
+        config = settings()
+        config["repository"]["branch"] = "plain"  # which launch buttons open
+        write(source / "_config.yml", yaml.safe_dump(config, allow_unicode=True))
         for path in BOOK.glob("*.ipynb"):
-            nbformat.write(with_outputs(path, read(ROOT / runs / path.name)), source / "book" / path.name)
-        package = importlib.util.find_spec("sphinx-mathjax-offline")
-        (source / "book/_static/mathjax").mkdir(parents=True)
-        script = Path(package.origin).with_name("static") / "mathjax/tex-svg.js"  # one file, glyphs included
-        shutil.copy(script, source / "book/_static/mathjax")
-        command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-        done = subprocess.run([*command, "build", source, "-q", "-n", "-W", "--keep-going"], capture_output=True,
-                              text=True, env={**os.environ, "NO_COLOR": "1"})
-        log = re.sub(r"\x1b\[[\d;]*m", "", done.stderr + done.stdout).replace(f"{source}/", "")
-        write(REPORTS / "pages.log", log)
-        if done.returncode:
-            complaints = [line for line in log.splitlines() if re.search("WARNING|ERROR|CRITICAL|rror:", line)]
+            write(source / "book" / path.name, nbformat.writes(with_outputs(path, read(ROOT / runs / path.name))))
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            failed = build_sphinx(source, source / "html", path_config=source / "_config.yml", noconfig=True,
+                                  confoverrides={"external_toc_path": str(source / "_toc.yml"), "nitpicky": True,
+                                                 "latex_individualpages": False},
+                                  quiet=True, warningiserror=True, keep_going=True)
+        text = re.sub(r"\x1b\[[\d;]*m", "", log.getvalue()).replace(f"{source}/", "")
+        write(REPORTS / "pages.log", text)
+        if failed:
+            complaints = [line for line in text.splitlines() if re.search("WARNING|ERROR|CRITICAL|rror:", line)]
             raise BookError("\n".join([*complaints, "the pages were not built, and the old ones stay: "
                                        f"{REPORTS.relative_to(ROOT)}/pages.log has the rest"]))
-        os.utime(source / "_build/html/index.html", (start, start))
+        publish(source / "html", Path(scratch, "plain"), {p.name: read(p) for p in (source / "book").glob("*.ipynb")})
+        first = yaml.safe_load((source / "_toc.yml").read_text())["root"]
+        write(source / "html/index.html", f'<meta http-equiv="Refresh" content="0; url={first}.html" />\n')
+        os.utime(source / "html/index.html", (start, start))
         if Path(target).exists():
             os.replace(target, Path(scratch, "old"))
-        os.replace(source / "_build/html", target)
+        os.replace(source / "html", target)
+        shutil.rmtree(BUILD / "plain", ignore_errors=True)
+        os.replace(Path(scratch, "plain"), BUILD / "plain")
     print(f"{'pages':<34}{time.time() - start:>7.1f} s", flush=True)
+
+
+def publish(html: Path, target: Path, notebooks: dict[str, NotebookNode]) -> None:
+    """Write the plain editions: what Colab and Binder open, from a branch of their own, and the pages' downloads."""
+    import plain
+
+    address = settings()["repository"]
+    owner, name = address["url"].rstrip("/").rsplit("/", 2)[1:]
+    references = plain.known(html, BOOK / "references.bib", f"https://{owner}.github.io/{name}")
+    for path, notebook in notebooks.items():
+        try:
+            text = nbformat.writes(plain.plain(notebook, references, bootstrap()))
+        except plain.NotPlain as error:
+            raise BookError(f"{path}: {error}") from error
+        write(target / "book" / path, text)
+        write(html / "_sources/book" / path, text)
+    for path in (ROOT / "binder").glob("*"):
+        write(target / "binder" / path.name, path.read_text().replace(
+            '--editable ".[', f'"unravelling @ git+{address["url"]}" "unravelling['))
+    target.mkdir(exist_ok=True)
+    (html / "references.json").unlink()
+
+
+def owner(url: str) -> None:
+    """Name the repository, wherever it is named, and no longer a placeholder."""
+    kinds, old = {".md", ".ipynb", ".yml", ".cff", ".toml"}, settings()["repository"]["url"]
+    (was, book), (now, name) = (address.rstrip("/").rsplit("/", 2)[1:] for address in (old, url))
+    for path in [p for p in [*ROOT.glob("*"), *ROOT.glob("[!._]*/**/*")] if p.suffix in kinds and p.is_file()]:
+        text = path.read_text().replace(f"{was}/{book}", f"{now}/{name}").replace(f"  {PLACEHOLDER}", "")
+        if write(path, text.replace(f"home = \\\"/content/{book}", f"home = \\\"/content/{name}")):
+            print(f"wrote {path.relative_to(ROOT)}")
 
 
 def refresh(*names: str) -> None:
@@ -228,10 +319,24 @@ def first_image(notebook: NotebookNode) -> bytes | None:
     return next((base64.b64decode(kinds["image/png"]) for kinds in data if "image/png" in kinds), None)
 
 
+def end_with_parent() -> None:
+    """End this process, and its kernel with it, when the process that started it has gone, even by SIGKILL."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit takes the kernel along
+    end_with_parent()
     try:
-        {"prepare": prepare, "execute": execute, "pages": pages, "refresh": refresh}[sys.argv[1]](*sys.argv[2:])
+        commands = {each.__name__: each for each in (prepare, execute, pages, refresh, owner)}
+        commands[sys.argv[1]](*sys.argv[2:])
     except (BookError, OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -1,5 +1,7 @@
 """Settings that all tests share."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +9,8 @@ from hypothesis import settings
 settings.register_profile("unravelling", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("unravelling")
 torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +20,11 @@ def isolated(tmp_path, monkeypatch):
     monkeypatch.delenv("UNRAVELLING_DATA", raising=False)
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args):
+    """The system's Chromium, since nothing is downloaded; tests that use it are skipped where there is none."""
+    if not CHROMIUM:
+        pytest.skip("needs chromium")
+    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": ["--no-sandbox"]}

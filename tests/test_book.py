@@ -1,7 +1,10 @@
 """The builder, on a project of two pages: what runs again, what a failure leaves, and the environment of `make`."""
 
 import contextlib
+import copy
+import errno
 import functools
+import json
 import os
 import re
 import shutil
@@ -15,7 +18,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from test_notebooks import ROOT, book, colab_cell, executed_in_order, good, nothing_vacuous, tidy
+from test_notebooks import NOTEBOOKS, ROOT, book, colab_cell, executed_in_order, good, nothing_vacuous, tidy
 
 
 def small_notebook(path, title, *cells):
@@ -31,11 +34,10 @@ def parameters(source):
 
 def makefile_in(folder, *always):
     """`make(…)` in a folder that gets the project's Makefile, whatever make and options run these tests."""
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+    for name in ("Makefile", "requirements.txt", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    clean = {name: value for name, value in os.environ.items() if not re.match("M.*FLAGS|MAKE", name)}
-
     def make(*arguments, start=subprocess.run, **how):
+        clean = {name: value for name, value in os.environ.items() if not re.match("M.*FLAGS|MAKE", name)}
         how = how or {"capture_output": True, "text": True, "timeout": 300}
         return start(["make", "--no-print-directory", *always, *arguments], cwd=folder, env=clean, **how)
 
@@ -43,7 +45,7 @@ def makefile_in(folder, *always):
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """A copy of the pipeline with a book of one notebook; `.run(…)` executes that one."""
     for folder in ("lib/unravelling", "data"):
         (tmp_path / folder).mkdir(parents=True)
@@ -56,6 +58,7 @@ def project(tmp_path):
     (tmp_path / "book/index.md").write_text("# Index\n")
     small_notebook(tmp_path / "book/01-one.ipynb", "One", parameters("N = 3"), "print('N is', N)")
 
+    monkeypatch.delenv("LIMITED", raising=False)  # which `make test` sets
     make = makefile_in(tmp_path, f"RUN={sys.executable}")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/.installed").touch()
@@ -161,6 +164,35 @@ def test_unknown_parameter_is_an_error_and_a_known_one_counts(project):
     assert "make refresh without PARAMETERS" in refused.stderr
 
 
+@pytest.mark.parametrize(("source", "value", "wanted"), [
+    ("N = 3", "0", "cannot be 0: it takes a whole number of at least 1"),
+    ("N = None  # None: all", "0", "at least 1, or null for the page's own choice"),
+    ("N = 3", "2.5", "cannot be 2.5: it takes a whole number"),
+    ("N = 3", "true", "cannot be True: it takes a whole number"),
+    ("N = 3", "many", "cannot be 'many': it takes a whole number"),
+    ("N = 3", "null", "cannot be None: it takes a whole number"),
+    ("N = 0", "-1", "cannot be -1: it takes a whole number of at least 0"),
+    ("N = False", "1", "it takes true or false"),
+    ('N = \\"\\"', "1", "it takes text"),
+])
+def test_value_that_makes_no_sense_is_refused_with_what_may_be_set(project, source, value, wanted):
+    project.replace("N = 3", source)
+    done = project.run(f"PARAMETERS=-p N {value}")
+    assert done.returncode != 0
+    assert "the parameter N cannot be" in done.stderr
+    assert wanted in done.stderr
+    assert not project.one.exists()
+
+
+def test_names_of_data_sets_and_recipes_are_those_of_the_stored_results():
+    for name, value in (("DATASET", "cifar10"), ("RECIPE", "default"), ("RECIPE", "digits"), ("SEED", 0), ("N", None)):
+        book.refuse(name, value, None if name == "N" else 0)
+    with pytest.raises(book.BookError, match="DATASET cannot be 'mnist': it takes one of cifar10, digits"):
+        book.refuse("DATASET", "mnist", "digits")
+    with pytest.raises(book.BookError, match=r"RECIPE cannot be 'quick': it takes one of .*digits"):
+        book.refuse("RECIPE", "quick", "default")
+
+
 def test_unreadable_notebook_is_named(project):
     (project.root / "book/01-one.ipynb").write_text("<<<<<<< HEAD")
     done = project.make("book")
@@ -168,19 +200,53 @@ def test_unreadable_notebook_is_named(project):
     assert "book/01-one.ipynb is not a readable notebook" in done.stderr
 
 
+def test_kernel_that_is_killed_names_its_cell(project):
+    project.replace("print('N is', N)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    done = project.run()
+    assert done.returncode != 0
+    assert "01-one.ipynb, cell 4 of 4: DeadKernelError" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not project.one.exists()
+
+
+def test_notebook_above_the_limits_fails_but_not_with_parameters_of_its_own(project, monkeypatch):
+    script = project.root / "scripts/book.py"
+    script.write_text(script.read_text().replace("LIMIT = (1500, 60)", "LIMIT = (5, 60)"))
+    done = project.run()
+    assert done.returncode != 0
+    assert re.search(r"01-one\.ipynb used \d+ MB and \d+ s of two cores; it may use 5 MB and 60 s", done.stderr)
+    assert not project.one.exists()
+    script.write_text(script.read_text().replace("LIMIT = (5, 60)", "LIMIT = (5000, 0)"))
+    monkeypatch.setenv("LIMITED", "1")
+    assert "it may use 5000 MB and 0 s" in project.run().stderr
+    assert ran(project.run("PARAMETERS=-p N 5")) == ["01-one"]
+
+
 def kernels(folder):
-    """Processes at work in a folder."""
+    """Processes at work in a folder or in its book, by number."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if Path(os.readlink(entry / "cwd")) == folder:
+            if Path(os.readlink(entry / "cwd")) in (folder, folder / "book"):
                 found.append(int(entry.name))
     return found
 
 
+def builder(process):
+    """The builder's process, which make started."""
+    (found,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    return found
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_interrupted_run_is_not_taken_for_finished(project, how):
+@pytest.mark.parametrize("how", [
+    lambda process: os.killpg(process.pid, signal.SIGINT),  # a terminal's Ctrl-C reaches the whole group
+    lambda process: os.killpg(process.pid, signal.SIGKILL),
+    lambda process: os.kill(process.pid, signal.SIGTERM),
+    lambda process: os.kill(process.pid, signal.SIGKILL),
+    lambda process: os.kill(builder(process), signal.SIGKILL),
+], ids=["Ctrl-C", "all killed", "make ended", "make killed", "builder killed"])
+def test_interrupted_run_leaves_no_process_and_is_not_taken_for_finished(project, how):
     started = project.root / "started"
     project.replace("print('N is', N)", f"open('{started}', 'w').close(); import time; time.sleep(3000)")
     process = project.run(start=subprocess.Popen, start_new_session=True, stdout=subprocess.DEVNULL,
@@ -189,16 +255,16 @@ def test_interrupted_run_is_not_taken_for_finished(project, how):
     while not started.exists():
         assert time.monotonic() < deadline, "the notebook never started"
         time.sleep(0.05)
-    # a terminal's Ctrl-C, and a kill of the worst kind, reach the whole group; SIGTERM the process alone
-    (os.kill if how == signal.SIGTERM else os.killpg)(process.pid, how)
+    assert len(kernels(project.root)) >= 3, "make, the builder and a kernel"
+    how(process)
     assert process.wait(timeout=30) != 0
     assert not project.one.exists()
     deadline = time.monotonic() + 60
-    while left := kernels(project.root / "book"):
+    while left := kernels(project.root):
         if time.monotonic() > deadline:
             for number in left:
                 os.kill(number, signal.SIGKILL)
-            pytest.fail("the kernel was still running")
+            pytest.fail("the kernel or the builder was still running")
         time.sleep(0.1)
     project.replace("time.sleep(3000)", "print('done')")
     assert ran(project.run()) == ["01-one"]
@@ -240,6 +306,17 @@ def test_refresh_writes_normalised_notebooks_once(project):
     assert tree(project.root / "book") == before
 
 
+def test_placeholder_of_the_repository_is_warned_of_until_somebody_owns_it(project):
+    assert "_config.yml is a placeholder" in project.make("pages").stderr
+    (project.root / "README.md").write_text(f"See {book.settings()['repository']['url']}.")
+    assert "wrote README.md" in project.make("owner", "URL=https://github.com/me/mine/").stdout
+    assert (project.root / "README.md").read_text() == "See https://github.com/me/mine."
+    project.replace("# One", "# Eins")
+    assert project.make("pages").stderr == ""
+    assert "/blob/plain/book/01-one.ipynb" in (project.root / "_build/committed/book/01-one.html").read_text()
+    assert "github/me/mine/" in (project.root / "_build/committed/book/01-one.html").read_text()
+
+
 def test_failed_refresh_changes_no_output(project):
     project.make("refresh")
     project.replace("print('N is', N)", "1 / 0")
@@ -272,12 +349,50 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     def full(self, data):
         with open(self, "wb") as stream:
             stream.write(data[:1])
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(book.BookError, match=f"{path} was not written: No space left on device"):
         book.write(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# -- the book's own runs -------------------------------------------------------------------------------------
+
+
+def differing(stored, run):
+    """Cells tagged nbval-check-output whose text, figures aside, is not the same in both notebooks."""
+    def text(cell):
+        outputs = copy.deepcopy(cell.outputs)
+        for output in outputs:
+            output.pop("execution_count", None)
+            for kind in [kind for kind in output.get("data", {}) if kind.startswith("image/")]:
+                output.data.pop(kind)
+        return json.dumps(outputs, sort_keys=True)
+
+    pairs = zip(book.code(stored), book.code(run), strict=True)
+    return [one.source for one, other in pairs if "nbval-check-output" in book.tags(one) and text(one) != text(other)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_run_repeats_what_is_stored(path):
+    run = ROOT / "_build/executed" / path.name
+    if not run.exists():
+        pytest.skip("has not run; `make book` executes it")
+    stored = book.read(path)
+    assert [cell.source for cell in book.code(book.read(run)) if "injected-parameters" in book.tags(cell)] == []
+    assert differing(stored, book.with_outputs(path, book.read(run))) == []
+
+
+def test_a_differing_output_is_found():
+    stored, run = good(), good()
+    assert differing(stored, run) == []
+    run.cells[4].outputs[0].data["image/png"] = "another"
+    run.cells[5].outputs[0].text = "4\n"
+    assert differing(stored, run) == ["print(N)"]
+    run.cells[5].outputs = []
+    assert differing(stored, run) == ["print(N)"]
 
 
 # -- make ----------------------------------------------------------------------------------------------------

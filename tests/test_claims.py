@@ -17,11 +17,6 @@ from judging import Interval, Reader, jackknife, outcome, over_blocks, over_netw
 CLAIMS = list(csv.DictReader((ROOT / "data" / "claims.csv").open(encoding="utf-8")))
 NOTEBOOK = json.loads((ROOT / "book" / "claims.ipynb").read_text(encoding="utf-8"))
 K = (1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30)
-COLUMNS = [
-    *("id", "source", "claim", "published", "quantity", "networks", "intact_at_most", "if_missing", "if_above"),
-    *("confirms", "contradicts", "open", "resampled", "rule_written", "reading", "if_confirmed", "if_contradicted"),
-    *("chapter", "figure", "note"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +35,42 @@ def names():
 # The table of the claims
 
 
-def test_ids_are_unique_and_columns_known():
-    ids = [row["id"] for row in CLAIMS]
-    assert len(set(ids)) == len(ids) > 40
-    assert list(CLAIMS[0]) == COLUMNS
+def test_the_table_is_read_as_it_is_written():
+    table = judging.read_claims(ROOT / "data/claims.csv")
+    assert table.to_dict("records") == CLAIMS
+    assert len(CLAIMS) > 40
     assert {row["source"] for row in CLAIMS} == {"blog post", "paper"}
 
 
-def test_cells_hold_no_html():
-    assert not [row["id"] for row in CLAIMS for cell in row.values() if re.search(r"<\s*/?[a-zA-Z!]", cell)]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [["number", *lines[0][1:]], *lines[1:]], "line 1: the columns are not id, source"),
+        (lambda lines: [lines[0], lines[1][:-1]], "line 2: it has 19 cells, not 20"),
+        (lambda lines: [*lines[:3], [*lines[1], "more"]], "line 4: it has 21 cells, not 20"),
+        (lambda lines: [lines[0], lines[1], lines[1]], "line 3: the id 1 is there already"),
+        (lambda lines: [lines[0], ["", *lines[1][1:]]], "line 2: it lacks id"),
+        (lambda lines: [lines[0], [*lines[1][:5], "resnet110", *lines[1][6:]]], "lacks quantity, if_missing"),
+        (lambda lines: [lines[0], [*lines[1][:-1], "<b>bold</b>"]], "line 2: it holds HTML"),
+        (lambda lines: [lines[0], [*lines[1][:-1], "a <script"]], "line 2: it holds HTML"),
+        (lambda lines: [lines[0], [*lines[1][:14], "maybe", *lines[1][15:]]], "line 2: reading is maybe"),
+    ],
+)
+def test_a_broken_table_is_named_with_its_line(change, message, tmp_path):
+    path = tmp_path / "claims.csv"
+    with (ROOT / "data/claims.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.reader(file))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(change(lines))
+    with pytest.raises(ValueError, match=message):
+        judging.read_claims(path)
+
+
+def test_a_cell_that_is_never_closed_is_named(tmp_path):
+    path = tmp_path / "claims.csv"
+    path.write_text(",".join(judging.COLUMNS) + '\n1,paper,"no end')
+    with pytest.raises(ValueError, match="line 2: unexpected end of data; mend it"):
+        judging.read_claims(path)
 
 
 def test_verdicts_are_explained_on_the_page():

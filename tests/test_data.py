@@ -1,11 +1,17 @@
 """Data: frozen splits, moments, augmentation against a loop, and CIFAR-10 in every layout it comes in."""
 
 import hashlib
+import io
+import lzma
 import os
 import pickle
 import re
 import shutil
+import stat
+import struct
+import subprocess
 import tarfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -13,6 +19,7 @@ import pytest
 import torch
 import torchvision.datasets
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from unravelling import Split, cifar10, digits
 from unravelling import data as data_module
@@ -68,10 +75,10 @@ def test_every_channel_has_its_own_moments():
     images = torch.randint(256, (20, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[:, 1] //= 4
     labels = torch.arange(20) % 2
-    data = data_module._dataset("x", (images, labels), (images, labels), {"validation": 2}, ("a", "b"), "")
-    train = data.train.images.numpy().astype(np.float64)
-    assert np.allclose(data.train.mean.numpy(), train.mean((0, 2, 3)), rtol=1e-6)
-    assert np.allclose(data.test.std.numpy(), train.std((0, 2, 3)), rtol=1e-6)
+    train_split, _, test_split = data_module._splits((images, labels), {"validation": 2}, (images, labels))
+    train = train_split.images.numpy().astype(np.float64)
+    assert np.allclose(train_split.mean.numpy(), train.mean((0, 2, 3)), rtol=1e-6)
+    assert np.allclose(test_split.std.numpy(), train.std((0, 2, 3)), rtol=1e-6)
 
 
 def test_batches_hold_every_image_in_order():
@@ -88,6 +95,45 @@ def test_take_keeps_the_moments():
     assert torch.equal(few.images, train.images[[5, 3]])
     assert torch.equal(few.labels, train.labels[[5, 3]])
     assert (few.mean, few.std) == (train.mean, train.std)
+
+
+@pytest.mark.parametrize("chosen", [torch.tensor([1097]), torch.tensor([-1098, 0])])
+def test_indices_beyond_a_split(chosen):
+    with pytest.raises(ValueError, match=r"^chosen holds \d+: expected indices below 1097, of this split$"):
+        digits().train.take(chosen)
+
+
+WANTED = "images must be a tensor (N, C, H, W) of torch.uint8"
+IMAGES, LABELS = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": IMAGES.double()}, TypeError, f"{WANTED}, not one (4, 3, 2, 2) of torch.float64"),
+        ({"images": IMAGES.numpy()}, TypeError, f"{WANTED}, not ndarray"),
+        ({"images": IMAGES[:, 0]}, TypeError, f"{WANTED}, not one (4, 2, 2) of torch.uint8"),
+        ({"labels": LABELS.int()}, TypeError, "labels must be a tensor (N) of torch.int64, not one (4,)"),
+        ({"labels": LABELS - 1}, ValueError, "a label is -1: expected classes from 0"),
+        ({"labels": LABELS[:3]}, ValueError, "need as many labels, mean and std, not (3, 3, 3)"),
+        ({"mean": torch.zeros(1)}, ValueError, "need as many labels, mean and std, not (4, 1, 3)"),
+        ({"std": torch.tensor([1.0, 0, 1])}, ValueError, "and std [1.0, 0.0, 1.0] above 0: is a channel the same"),
+        ({"std": torch.full((3,), torch.nan)}, ValueError, "and std [nan, nan, nan] above 0"),
+        ({"mean": torch.full((3,), torch.nan)}, ValueError, "mean [nan, nan, nan] must be finite"),
+    ],
+)  # fmt: skip
+def test_what_is_no_split(changes, error, message):
+    parts = {"images": IMAGES, "labels": LABELS, "mean": torch.zeros(3), "std": torch.ones(3)}
+    assert len(Split(**parts)) == 4
+    with pytest.raises(error, match=re.escape(message)):
+        Split(**parts | changes)
+
+
+def test_a_device_that_is_not_there():
+    train, where = digits().train, "cuda:77"
+    for call in (lambda: train.batches(10, where), lambda: next(train.shuffled(10, torch.Generator(), device=where))):
+        with pytest.raises(ValueError, match=r"^device 'cuda:77' cannot be used here \(.*\): choose another, such as"):
+            call()
 
 
 def test_load_dataset_knows_two_names():
@@ -304,7 +350,7 @@ def test_harmed_files_of_torchvision(tmp_path, pixels, monkeypatch, name, harm):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"batches-py is incomplete or corrupt .*: delete it and call cifar10\("):
+    with pytest.raises(ValueError, match=r"batches-py is incomplete or corrupt, .*: delete it and call cifar10\("):
         cifar10(root, per_class=PER_CLASS)
 
 
@@ -345,7 +391,7 @@ def test_the_cache_goes_where_it_is_told(root, tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_whole_is_not_written(root, tmp_path, monkeypatch, pixels):
-    def full_disk(tensors, path):
+    def full_disk(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -464,21 +510,24 @@ def test_an_archive_with_a_wrong_byte(root, tmp_path, share):
     assert not list(tmp_path.glob("cache/*"))
 
 
-@pytest.mark.parametrize("from_the_end", [150, 1000, 2000])
+@pytest.mark.parametrize("from_the_end", [3, 20, 36])
 def test_an_archive_with_a_wrong_byte_that_only_its_checksum_shows(root, tmp_path, from_the_end):
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    last = root / "train" / "truck" / "0005.png"
-    Image.fromarray(noise).save(last, format="bmp")  # no checksum of its own
-    path = tmp_path / "images.tar.xz"
-    with tarfile.open(path, "w:xz", preset=0) as archive:
-        for image in sorted(root.glob("*/*/*"), key=lambda image: (image == last, image)):
-            archive.add(image, image.relative_to(root).as_posix())
-    content = bytearray(path.read_bytes())
+    path = archived(root, tmp_path / "images.tar.xz")
+    content = bytearray(lzma.compress(lzma.decompress(path.read_bytes()) + bytes(200_000), preset=0))
+    path.write_bytes(content)
+    cifar10(path, per_class=PER_CLASS)
     content[-from_the_end] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"images\.tar\.xz is truncated or corrupt .*: copy it again"):
+        cifar10(path, per_class=PER_CLASS, cache=tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_an_archive_that_goes_on_after_its_end(root, tmp_path):
+    path = archived(root, tmp_path / "images.tar.xz")
+    path.write_bytes(lzma.compress(lzma.decompress(path.read_bytes()) + bytes(2**21), preset=0))
+    with pytest.raises(ValueError, match=r"images\.tar\.xz goes on after the end of its archive: copy it again"):
         cifar10(path, per_class=PER_CLASS)
-    assert not list(tmp_path.glob("cache/*"))
 
 
 def test_two_archives_are_one_too_many(root, tmp_path):
@@ -493,21 +542,30 @@ def test_two_archives_are_one_too_many(root, tmp_path):
 # ---------------------------------------------------------------- which copy, and which images
 
 
-@pytest.mark.parametrize("quality", [1, 30, 49, 50, 75, 90, 100])
-def test_the_label_names_the_quality_of_a_lossy_copy(tmp_path, quality):
-    for split in ("train", "test"):
-        for name in CIFAR10_CLASSES:
-            folder = tmp_path / split / name
-            folder.mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (32, 32), (i, 2 * i, 3)).save(folder / f"{i}.jpg", quality=quality)
-    data = cifar10(tmp_path, per_class=(2, 2), cache=tmp_path / "cache")
-    assert data.label == f"CIFAR-10 (JPEG-{quality} copy)"
-
-
-def test_the_label_of_a_lossless_copy_is_plain(root):
-    assert cifar10(root, per_class=PER_CLASS).label == "CIFAR-10"
+@pytest.mark.parametrize(
+    ("suffix", "options", "copy"),
+    [("png", {}, ""), ("webp", {"lossless": True}, ""), ("jpg", {"quality": 100}, " (JPEG copy)"),
+     ("jpg", {"quality": 5}, " (JPEG copy)"), ("webp", {"quality": 90}, " (WEBP copy)")],
+)  # fmt: skip
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_the_label_tells_a_lossy_copy_from_the_pixels(root, suffix, options, copy, all_of_them):
+    for path in sorted(root.glob("*/*/*.png"))[None if all_of_them else -1 :]:
+        image = Image.open(path)
+        path.unlink()
+        image.save(path.with_suffix(f".{suffix}"), **options)
+    for _ in range(2):  # decoded, and from the cache
+        assert cifar10(root, per_class=PER_CLASS).label == f"CIFAR-10{copy}"
     assert digits().label == "digits"
+
+
+def test_other_files_beside_the_classes_say_nothing_of_the_label(root, tmp_path):
+    for name in ("a/b/notes.txt", "train/README", "about.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("no image")
+    assert cifar10(root, per_class=PER_CLASS).label == "CIFAR-10"
+    with tarfile.open(tmp_path / "images.tar.xz", "w:xz", preset=0) as archive:
+        archive.add(root, "")
+    assert cifar10(tmp_path / "images.tar.xz", per_class=PER_CLASS).label == "CIFAR-10"
 
 
 def test_a_stratified_split_holds_the_first_images_of_every_class():
@@ -517,3 +575,209 @@ def test_a_stratified_split_holds_the_first_images_of_every_class():
     assert split.stratified(1).labels.tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match=r"^4 images of every class are wanted, but one class has 3: take fewer$"):
         split.stratified(4)
+
+
+# ---------------------------------------------------------------- hostile and damaged files
+
+
+def png(width, height):
+    """A PNG that says it has this size, and holds next to nothing."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 99)),
+              (b"IEND", b"")]  # fmt: skip
+    body = (struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def in_another_format(name):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, format=name)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (in_another_format("eps"), "is not an image that can be read"),
+        (in_another_format("bmp"), "is not an image that can be read"),
+        (in_another_format("gif"), "is not an image that can be read"),
+        (png(5000, 4000), "has 5000×4000 pixels, expected 32×32"),
+        (png(10**5, 10**5), r"is not an image that can be read \(.*bomb"),
+        (png(32, 32) + bytes(2**20), r"has 1,048,\d+ bytes, expected 1,048,576 at most for 32×32 pixels"),
+        (b"", "is not an image that can be read"),
+    ],
+    ids=["eps", "bmp", "gif", "large", "bomb", "heavy", "empty"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_only_small_png_jpeg_and_webp_are_decoded(tmp_path, monkeypatch, content, message, packed):
+    source = tmp_path / "images"
+    path = source / "train" / "bird" / "0003.png"
+    path.parent.mkdir(parents=True)
+    (source / "test").mkdir()
+    path.write_bytes(content)
+    if packed:
+        source = archived(source, tmp_path / "images.tar.xz")
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("started a program"))
+    with pytest.raises(ValueError, match=rf"images(\.tar\.xz)?: (images/)?train/bird/0003\.png {message}"):
+        cifar10(source)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_no_file_in_a_folder_is_named(root):
+    path = root / "train" / "bird" / "0003.png"
+    outside = root / "outside"
+    outside.mkdir()
+    makers = {
+        "is a folder, a link or a device": [lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to(outside)],
+        "cannot be read": [lambda: path.symlink_to(path.name), lambda: path.symlink_to("nowhere.png")],
+    }
+    for message, several in makers.items():
+        for make in several:
+            path.unlink() if path.is_symlink() or not path.is_dir() else path.rmdir()
+            make()
+            with pytest.raises(ValueError, match=rf"images: train/bird/0003\.png {message}.*expected the file of an"):
+                cifar10(root, per_class=PER_CLASS)
+
+
+@pytest.mark.parametrize("name", ["train", "train/bird"])
+def test_links_in_a_circle_above_the_images(root, name):
+    shutil.rmtree(root / name)
+    (root / name).symlink_to((root / name).name)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"no CIFAR-10 at .*images|0 images in train/bird"):
+        cifar10(root, per_class=PER_CLASS)
+
+
+def test_a_pipe_with_the_name_of_an_archive(tmp_path):
+    os.mkfifo(tmp_path / "images.tar.xz")
+    for root in (tmp_path, tmp_path / "images.tar.xz"):
+        with pytest.raises(FileNotFoundError, match=f"no CIFAR-10 at {root}"):
+            cifar10(root)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_what_is_no_file_in_an_archive_is_named(root, tmp_path, kind):
+    member = tarfile.TarInfo("images/train/bird/more.png")
+    member.type, member.linkname = kind, "/etc/hostname"
+    with tarfile.open(tmp_path / "images.tar.xz", "w:xz", preset=0) as archive:
+        archive.add(root, "images")
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=r"\.tar\.xz: images/train/bird/more\.png is a folder, a link or a device"):
+        cifar10(tmp_path / "images.tar.xz", per_class=PER_CLASS)
+
+
+@pytest.mark.parametrize("name", ["images/train/bird/large.png", "elsewhere"])
+def test_an_overlarge_member_is_not_read(tmp_path, name):
+    member = tarfile.TarInfo(name)
+    member.size = 2**40
+    with lzma.open(tmp_path / "images.tar.xz", "w", preset=0) as stream:
+        stream.write(member.tobuf() + bytes(2**16))
+    with pytest.raises(ValueError, match=rf"\.tar\.xz: {name} has 1,099,511,627,776 bytes, expected 1,048,576 at most"):
+        cifar10(tmp_path / "images.tar.xz")
+
+
+def test_an_image_that_is_there_twice(root, tmp_path):
+    with tarfile.open(tmp_path / "images.tar.xz", "w:xz", preset=0) as archive:
+        archive.add(root, "one")
+        archive.add(root, "two")
+    with pytest.raises(ValueError, match=r"\.tar\.xz: \w+/\w+/0000\.png is there twice: pack one copy alone"):
+        cifar10(tmp_path / "images.tar.xz", per_class=PER_CLASS)
+
+
+@pytest.mark.parametrize(("split", "count", "expected"), [("train", 7, 6), ("test", 3, 2)])
+def test_an_image_more_than_expected(root, split, count, expected):
+    shutil.copy(root / split / "frog" / "0001.png", root / split / "frog" / "more.png")
+    with pytest.raises(ValueError, match=f"{count} images in {split}/frog, expected {expected}: is the copy complete"):
+        cifar10(root, per_class=PER_CLASS)
+
+
+# ---------------------------------------------------------------- files written whole
+
+
+@pytest.mark.parametrize("harm", ["flipped", "flipped label", "truncated", "empty", "foreign", "no checksum"])
+def test_a_damaged_cache_is_made_again(root, tmp_path, pixels, harm):
+    cifar10(root, per_class=PER_CLASS)
+    (path,) = (tmp_path / "cache").iterdir()
+    content = path.read_bytes()
+    at = len(content) - 4000
+    new = {
+        "flipped": content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :],
+        "flipped label": content.replace(rb'\"copy\": \"\"', rb'\"copy\":\"!\"'),
+        "truncated": content[:-9],
+        "empty": b"",
+        "no checksum": content.replace(b"checksum", b"checkstm"),
+    }.get(harm)
+    path.write_bytes(new) if new is not None else save_file({"weight": torch.zeros(3)}, path)
+    assert path.read_bytes() != content
+    data = cifar10(root, per_class=PER_CLASS)
+    assert contents(data) == expected_contents(pixels)
+    assert data.label == "CIFAR-10"
+    assert path.read_bytes() == content
+
+
+def test_what_a_killed_process_left_in_the_cache_is_cleaned_away(root, tmp_path):
+    cifar10(root, per_class=PER_CLASS)
+    (path,) = (tmp_path / "cache").iterdir()
+    path.unlink()
+    left, other = path.with_name(f".{path.name}.77"), path.with_name(".another.safetensors.77")
+    for file in (left, other):
+        file.write_bytes(b"half")
+    cifar10(root, per_class=PER_CLASS)
+    assert sorted(path.parent.iterdir()) == [other, path]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_others_may_read_a_file_as_far_as_the_umask_lets_them(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        data_module.write_tensors(tmp_path / "a.safetensors", {"weight": torch.zeros(3)}, {})
+        data_module.write_atomically(tmp_path / "a.pt", lambda to: torch.save({}, to))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_file_is_renamed_into_place_and_an_open_one_stays_whole(tmp_path):
+    path, made = tmp_path / "a.txt", []
+    path.write_text("before")
+
+    def write(temporary):
+        assert path.read_text() == "before"
+        temporary.write_text("after")
+        made.append(temporary.stat().st_ino)
+
+    with path.open() as earlier:
+        data_module.write_atomically(path, write)
+        assert earlier.read() == "before"
+    assert path.read_text() == "after"
+    assert path.stat().st_ino == made[0], "a copy, which a kill can leave half-written"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("write failed"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_earlier_file_alone(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+
+    def write(temporary):
+        temporary.write_text("ha")
+        raise error
+
+    with pytest.raises((KeyboardInterrupt, OSError)) as caught:
+        data_module.write_atomically(path, write)
+    expected = "" if isinstance(error, KeyboardInterrupt) else f"{path} could not be written ({error}): is the"
+    assert str(caught.value).startswith(expected)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match=r"a\.txt/b could not be written"):
+        data_module.write_atomically(path / "b", write)
+
+
+def test_a_checksum_tells_apart_all_that_is_not_equal():
+    contents = [
+        1, 1.0, "1", None, True, [1], [[1]], [1, 1], {"1": 1}, {1: 1}, {"1": [1]}, [1, [1]], [[1], 1],
+        torch.ones(1), torch.ones(1, 1), torch.ones(1).double(), torch.ones(2), torch.tensor(1), -torch.zeros(1),
+        torch.zeros(1), {"a": 1, "b": 2}, {"a": 2, "b": 1},
+    ]  # fmt: skip
+    assert len({data_module.checksum(content) for content in contents}) == len(contents)
+    assert data_module.checksum({"a": 1, "b": (2, 3)}) == data_module.checksum({"b": [2, 3], "a": 1})
+    x = torch.arange(6.0).view(2, 3)
+    assert data_module.checksum(x.t().contiguous().t()) == data_module.checksum(x)

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from unravelling import (
     RECIPES,
+    Chain,
     Recipe,
+    Unit,
     build,
     digits,
     evaluate,
     fit,
     gradient_by_length,
+    load,
     mean_length,
     path_gradients,
     path_norms,
@@ -28,6 +31,7 @@ from unravelling import (
     sample_path_gradients,
     spectrum,
 )
+from unravelling.lesion import evaluate_variants
 from unravelling.paths import count, length_distribution, surviving
 from unravelling.train import thinned
 
@@ -299,6 +303,62 @@ def test_recipes_that_leave_out_what_they_cannot():
         thinned(small("plain"), Recipe("plain", epochs=1, active=2), torch.Generator())
     chain = small("pre")
     assert thinned(chain, RECIPES["digits"], torch.Generator()) is chain
+
+
+# --- what later works say -------------------------------------------------------------------------------------------
+
+
+def linear_chain(n, width, scale, seed):
+    """A chain whose branches are random matrices, each of which keeps the length of a vector on average, scaled."""
+    generator = torch.Generator().manual_seed(seed)
+    units = []
+    for _ in range(n):
+        branch = torch.nn.Linear(width, width, bias=False, dtype=DOUBLE)
+        matrix = torch.randn(width, width, generator=generator, dtype=DOUBLE)
+        branch.load_state_dict({"weight": scale * matrix / math.sqrt(width)})
+        units.append(Unit(branch))
+    return Chain(torch.nn.Identity(), units, torch.nn.Identity()).eval()
+
+
+@pytest.mark.parametrize("n", [8, 24])
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_scaled_branches_tame_the_number_of_paths(n, power):
+    """Dherin and Munn, 2025: branches scaled by 1/√n or 1/n keep the sum over 2^n paths in bounds.
+
+    Independent random branches make paths orthogonal on average, so E‖G_k‖² is the number of paths times scale^2k.
+    """
+    scale, draws, width = n**-power, 8, 64
+    squares = torch.zeros(n + 1, dtype=DOUBLE)
+    for seed in range(draws):
+        chain = linear_chain(n, width, scale, seed)
+        x, g = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(draws + seed), dtype=DOUBLE)
+        by_length = gradient_by_length(chain, x, g, lambda output, g: (output * g).sum())
+        squares += by_length.flatten(1).square().sum(1) / g.square().sum() / draws
+    for k in range(6):
+        assert squares[k].item() == pytest.approx(math.comb(n, k) * scale ** (2 * k), rel=0.2)
+    grown = squares.sum().item()
+    bound = {0: 2.0**n, 0.5: math.e, 1: 1 + 2 / n}[power]
+    assert grown > 0.7 * bound if power == 0 else grown < 1.1 * bound
+
+
+def test_the_order_of_shuffled_blocks_is_found_again():
+    """Park, 2026, in small: of all orders of a trained ResNet-20, the trained one fits the training images best."""
+    chain, images_ = load("digits/resnet20-seed0"), digits().train.take(torch.arange(300))
+    stages = {}
+    for i, unit in enumerate(chain.units):
+        if not unit.is_transition:
+            stages.setdefault(unit.stage, []).append(i)
+    orders = []
+    for choice in itertools.product(*(itertools.permutations(stage) for stage in stages.values())):
+        order = list(range(len(chain)))
+        for stage, new in zip(stages.values(), choice, strict=True):
+            for place, unit in zip(stage, new, strict=True):
+                order[place] = unit
+        orders.append(order)
+    assert len(orders) == math.factorial(3) * math.factorial(2) ** 2
+    np.random.default_rng(0).shuffle(orders)
+    _, losses = evaluate_variants(chain, images_, orders)
+    assert orders[losses.mean(1).argmin()] == list(range(len(chain)))
 
 
 # --- what is stored -------------------------------------------------------------------------------------------------

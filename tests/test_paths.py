@@ -19,6 +19,7 @@ from torchvision.ops import StochasticDepth
 from unravelling import (
     Chain,
     Unit,
+    canonical_split,
     evaluate,
     gradient_by_length,
     gradient_norms,
@@ -29,7 +30,9 @@ from unravelling import (
     resnet,
     sample_path_gradients,
     spectrum,
+    weight_spectrum,
 )
+from unravelling.chain import Remainder
 
 KINDS = {
     "pre": lambda depth, seed: resnet(depth, width=3, in_channels=1, seed=seed),
@@ -250,6 +253,196 @@ def test_another_loss():
     assert gradient_norms(chain, x, y, loss)["gradient_norm"][0] == pytest.approx(expected.norm().item(), rel=1e-10)
 
 
+# ---------------------------------------------------------------- at the weights
+
+
+def weight_gradients(chain, x, y, gone=()):
+    """The ordinary gradient at the weights of every branch, in one vector each; None for a deleted unit."""
+    copied = copy.deepcopy(chain).requires_grad_()
+    cross_entropy(copied.without(*gone)(x), y).backward()
+    return [
+        None if i in gone else torch.cat([p.grad.flatten() for p in unit.branch.parameters()])
+        for i, unit in enumerate(copied.units)
+    ]
+
+
+def weight_paths(kind, chain, gone, x, y):
+    """For every unit and length, the gradient at the branch's weights, one backward pass for each path above it."""
+    found = {}
+    for i, unit in enumerate(chain.units):
+        if i in gone:
+            continue
+        weights = [p.requires_grad_() for p in unit.branch.parameters()]
+        above = ways(kind, chain, gone)[i + 1 :]
+        for bits in product(*above):
+            state, into = chain.stem(x).detach(), [0] * i + [1] + list(bits)
+            for j, (other, bit) in enumerate(zip(chain.units, into, strict=True)):
+                f = other.branch(state)
+                skip = gate(shortcut_by_hand(other, state, f.shape), 1 - bit)
+                f = gate(f, bit)
+                state = skip if j in gone else f if kind.startswith("plain") else skip + f
+                state = relu(state) if "post" in kind else state
+            g = torch.cat([p.flatten() for p in grad(cross_entropy(chain.head(state), y), weights)])
+            key = i, 1 + sum(bits)
+            found[key] = found.get(key, 0) + g
+    return found
+
+
+@given(cases(depths=(8,)))
+def test_the_spectrum_at_the_weights_by_a_backward_pass_for_every_path(case):
+    kind, chain, gone, x, y = case
+    chain.requires_grad_(False)  # frozen weights have a gradient, too
+    table = weight_spectrum(chain.without(*gone), x, y)
+    assert not any(p.requires_grad for p in chain.parameters())
+    expected = weight_paths(kind, chain, gone, x, y)
+    whole = weight_gradients(chain, x, y, gone)
+    total = sum((g**2).sum() for g in whole if g is not None)
+    assert set(zip(table["unit"], table["length"], strict=True)) == expected.keys()
+    for row in table.itertuples():
+        part = expected[row.unit, row.length]
+        assert row.norm == pytest.approx(part.norm().item(), rel=1e-9, abs=1e-12 * total.sqrt().item())
+        assert row.share == pytest.approx((part @ whole[row.unit] / total).item(), rel=1e-9, abs=1e-12)
+    assert table["share"].sum() == pytest.approx(1)
+
+
+@given(cases(depths=(8, 14)))
+def test_shares_of_a_units_weights_sum_to_autograds(case):
+    _, chain, gone, x, y = case
+    shares = weight_spectrum(chain.without(*gone), x, y).groupby("unit")["share"].sum()
+    whole = {i: (g**2).sum().item() for i, g in enumerate(weight_gradients(chain, x, y, gone)) if g is not None}
+    assert shares.to_dict() == pytest.approx({i: square / sum(whole.values()) for i, square in whole.items()})
+
+
+def test_the_spectrum_at_the_weights_changes_nothing():
+    chain, (x, y) = small("pre"), images()
+    before = snapshot(chain)
+    weight_spectrum(chain, x, y, batch_statistics=True)
+    assert snapshot(chain) == before
+
+
+def test_branches_without_weights_of_their_own():
+    linear, (x, y) = nn.Linear(3, 3), (torch.randn(2, 3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"^two branches share weights"):
+        weight_spectrum(Chain(nn.Identity(), [Unit(linear), Unit(linear)], nn.Identity()), x, y)
+    with pytest.raises(ValueError, match=r"^no branch has weights"):
+        weight_spectrum(Chain(linear, [Unit(nn.Tanh())], nn.Identity()), x, y)
+    some = weight_spectrum(Chain(nn.Identity(), [Unit(nn.Tanh()), Unit(linear)], nn.Identity()), x, y)
+    assert some.query("unit == 0")["norm"].eq(0).all()
+    assert some.query("unit == 1")["share"].sum() == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- batch norm as in training
+
+
+@pytest.mark.parametrize("kind", ["pre", "post-projection", "plain"])
+def test_spectra_with_the_batchs_own_statistics(kind):
+    chain, (x, y) = small(kind, torch.float64), images(5, dtype=torch.float64)
+    training = copy.deepcopy(chain).train()
+    first = training.stem(x).detach().requires_grad_()
+    state = first
+    for unit in training.units:
+        state = unit(state)
+    expected = grad(cross_entropy(training.head(state), y), first)[0]
+    before = snapshot(chain)
+    for mode in (False, True):
+        found = gradient_by_length(chain.train(mode), x, y, batch_statistics=True)
+        assert close(sum(found), expected)
+        assert snapshot(chain.eval()) == before
+    assert not close(sum(gradient_by_length(chain, x, y)), expected, tolerance=1e-3)
+    shares = weight_spectrum(chain, x, y, batch_statistics=True).groupby("unit")["share"].sum()
+    whole = [(g**2).sum().item() for g in weight_gradients(copy.deepcopy(chain).train(), x, y)]
+    assert shares.tolist() == pytest.approx([square / sum(whole) for square in whole])
+
+
+def test_lengths_with_the_batchs_own_statistics_by_brute_force():
+    chain, (x, y) = randomized(KINDS["pre"](8, 1), 1, torch.float64), images(4, dtype=torch.float64)
+    found = gradient_by_length(chain, x, y, batch_statistics=True)
+    paths = brute_force("pre", copy.deepcopy(chain).train(), (), x, y)
+    for k, g in enumerate(found):
+        expected = sum(p for bits, p in paths.items() if sum(bits) == k)
+        assert close(g, expected, max(p.norm() for p in paths.values())), k
+
+
+# ---------------------------------------------------------------- another split of skip and branch
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "pre-projection"])
+def test_canonical_split_against_the_whole_jacobian(kind):
+    chain = randomized(KINDS[kind](14, 3), 3, torch.float64)
+    for unit in chain.units[::3]:
+        unit.branch = Remainder(unit.branch, -0.3)  # a trace away from 0
+    x, y = images(2, dtype=torch.float64)
+    table = canonical_split(chain.without(1), x, samples=40, seed=1)
+    assert table["unit"].tolist() == list(range(6))
+    assert table["name"].tolist() == [unit.name for unit in chain.units]
+    nothing = [i == 1 or not unit.has_identity_skip for i, unit in enumerate(chain.units)]
+    assert table["c"].isna().tolist() == table["standard_error"].isna().tolist() == nothing
+    assert 0 < sum(nothing) < 6
+    for row in table.dropna().itertuples():
+        state, branch = chain.without(1).trace(x)[row.unit], chain.units[row.unit].branch
+        jacobian = torch.autograd.functional.jacobian(branch, state)
+        size = state[0].numel()
+        traces = [jacobian[i, ..., i, :, :, :].reshape(size, size).trace() for i in range(len(x))]
+        exact = 1 + sum(traces).item() / len(x) / size
+        assert 0 < row.standard_error < 0.05
+        assert abs(row.c - exact) < 4 * row.standard_error
+        assert abs(exact - 1) > 10 * row.standard_error or row.unit % 3, "the oracle cannot tell c from 1"
+    assert canonical_split(chain.without(1), (x, y), samples=40, seed=1).equals(table)
+    assert not canonical_split(chain.without(1), x, samples=40, seed=2).equals(table)
+
+
+def test_the_probes_scatter_as_much_as_they_say():
+    chain, (x, _) = randomized(KINDS["pre"](8, 3), 3, torch.float64), images(1, dtype=torch.float64)
+    many = [canonical_split(chain, x, samples=4, seed=seed).loc[0] for seed in range(60)]
+    scatter = np.std([row["c"] for row in many], ddof=1)
+    assert scatter == pytest.approx(np.sqrt(np.mean([row["standard_error"] ** 2 for row in many])), rel=0.35)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_split_is_the_same_function_by_other_paths(kind):
+    chain, (x, y) = small(kind, torch.float64), images(dtype=torch.float64)
+    before = snapshot(chain)
+    factors = [0.5, math.nan, 1.5, 1, -2, 0.9, *[0.7] * 7][: len(chain)]
+    for c in (0.9, np.float64(1.1), factors):
+        other = chain.split(c)
+        assert torch.allclose(other(x), chain(x), rtol=1e-10, atol=1e-12)
+        assert {id(p) for p in other.parameters()} == {id(p) for p in chain.parameters()}
+        assert not any(part.training for part in other.modules() if part is not other.units)
+        ours, theirs = gradient_by_length(other, x, y), gradient_by_length(chain, x, y)
+        assert close(sum(ours), sum(theirs))
+        residual = any(unit.residual and unit.has_identity_skip for unit in chain.units)
+        assert close(ours[0], theirs[0], sum(theirs).norm()) == (not residual)
+    assert snapshot(chain) == before
+
+
+def test_a_split_by_hand():
+    """y + 3y = 0.5 y + 3.5 y: lengths 1, 3 become 0.5, 3.5."""
+    unit = Unit(nn.Linear(1, 1, bias=False), name="a", stage=2)
+    nn.init.constant_(unit.branch.weight, 3)
+    chain = Chain(nn.Identity(), [unit, unit.deleted()], nn.Identity())
+    x, y = torch.ones(1, 1), torch.ones(1)
+    by_length = gradient_by_length(chain.split(0.5), x, y, lambda logits, y: logits.sum())
+    assert by_length.flatten().tolist() == [0.5, 3.5, 0]
+    assert chain.split(0.5).without(0)(x).item() == 0.5
+    assert chain.split([0.5, 7])(x).item() == 4
+    assert (chain.split(0.5).units[0].name, chain.split(0.5).units[0].stage) == ("a", 2)
+    assert canonical_split(chain, x, 2)["c"].tolist() == [4, pytest.approx(math.nan, nan_ok=True)]
+
+
+@pytest.mark.parametrize(
+    ("c", "error", "message"),
+    [
+        ([1.0], ValueError, "c has 1 factors, but this chain has 6 units: give one or all"),
+        ("abcdef", TypeError, "c holds 'a': expected numbers"),
+        (None, TypeError, "c holds None: expected numbers"),
+        (math.inf, ValueError, "c holds inf: expected finite numbers, or NaN to leave a unit as it is"),
+    ],
+)
+def test_factors_that_make_no_sense(c, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        small("pre").split(c)
+
+
 # ---------------------------------------------------------------- nothing changes, and what is refused
 
 
@@ -293,7 +486,7 @@ def call(function, chain, x, y):
 
 
 ARGUMENTS = {path_norms: {"repeats": 2}, sample_path_gradients: {"lengths": [1], "samples": 2}}
-FUNCTIONS = [gradient_by_length, path_gradients, mean_length, path_norms, sample_path_gradients]
+FUNCTIONS = [gradient_by_length, path_gradients, mean_length, path_norms, sample_path_gradients, weight_spectrum]
 
 
 class OwnNoise(nn.Module):

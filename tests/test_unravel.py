@@ -314,8 +314,10 @@ def test_importing_the_library_imports_no_other():
 
 def test_context_is_that_of_the_last_input():
     model, (batch, labels) = seeded(Masked), tokens()
-    with pytest.warns(UserWarning, match="attention_mask"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         chain = unravel(model, batch)
+    assert chain.notes == ["the stream starts at 'input_ids', and the units are handed 'attention_mask' beside it"]
     other = batch | {"attention_mask": 1 - batch["attention_mask"]}
     for x in (batch, other, {name: value[:3, :4] for name, value in batch.items()}):
         assert torch.equal(chain(x), model(**x)["logits"])

@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import random as random_module
 import re
 import resource
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from unravelling import Chain, build, load, resnet, save
-from unravelling import weights as weights_module
+from unravelling import data as data_module
 from unravelling.weights import header
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -107,7 +111,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch, limited):
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limited == "by us":
-        monkeypatch.setattr(weights_module, "save_file", full_disk)
+        monkeypatch.setattr(data_module, "save_file", full_disk)
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard))
     try:
@@ -156,11 +160,54 @@ def test_a_flipped_bit_is_noticed_anywhere(tmp_path):
                 read(path)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("half", [False, True])
+def test_one_wrong_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, half):
+    """Only a letter's case can change without effect, where JSON has two forms of a number or an escape."""
+    path = save(small("pre"), tmp_path / "a.safetensors", seed=3, error=1e-7, half=half)
+    content, head, tensors = path.read_bytes(), header(path), load(path).state_dict()
+    length = 8 + struct.unpack("<Q", content[:8])[0]
+    random = random_module.Random(0)
+    for at in [*range(9), *random.sample(range(length), 400), *random.sample(range(length, len(content)), 100)]:
+        wrong = bytearray(content)
+        wrong[at] ^= 1 << random.randrange(8)
+        path.write_bytes(wrong)
+        try:
+            read, message = (header(path), load(path).state_dict()), None
+        except ValueError as error:
+            message = str(error)
+        if message:
+            assert message.startswith(f"{path} ")
+        else:
+            assert at < length
+            assert read[0] == head
+            assert all(torch.equal(read[1][name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_weights_of_another_network_are_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    chain = small("pre")
+    state = {**chain.state_dict(), "extra.weight": torch.zeros(2)}
+    del state["head.2.weight" if "head.2.weight" in state else next(reversed(chain.state_dict()))]
+    data_module.write_tensors(path, state, {"format": "unravelling/1", "architecture": chain.config})
+    with pytest.raises(ValueError, match=r"(?s)does not fit the architecture in its .*Missing key.*extra\.weight"):
+        load(path)
+    torch.save(chain.state_dict(), tmp_path / "a.pt")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"a\.pt"):
+        load(tmp_path / "a.pt")
+
+
 def test_a_file_from_before_the_checksum_loads(tmp_path):
     chain = small("pre")
     head = {"format": "unravelling/1", "architecture": chain.config, "versions": {"torch": "2.8"}, "seed": 1}
-    save_file(chain.state_dict(), tmp_path / "a.safetensors", {"unravelling": json.dumps(head)})
-    assert snapshot(load(tmp_path / "a.safetensors"))["bytes"] == snapshot(chain)["bytes"]
+    path = tmp_path / "a.safetensors"
+    save_file(chain.state_dict(), path, {"unravelling": json.dumps(head)})
+    with pytest.warns(UserWarning, match=r"a\.safetensors is older than checksums: damage would not show"):
+        assert snapshot(load(path))["bytes"] == snapshot(chain)["bytes"]
+    save_file(chain.state_dict(), path, {"unravelling": json.dumps(head | {"dtype": "float32"})})
+    for read in (load, header):
+        with pytest.raises(ValueError, match=r"a\.safetensors is damaged: its header has lost its checksum\. Fetch it"):
+            read(path)
 
 
 def test_the_checksum_tells_networks_apart(tmp_path):
@@ -218,7 +265,7 @@ def test_a_foreign_file(tmp_path, metadata):
         ({"name": "resnet14-post"}, "Missing key"),
         ({"name": "resnet15"}, "depth 15 is not 6n"),
         ({"name": "alexnet"}, "unknown network 'alexnet'"),
-        ({"name": None}, "expected string"),
+        ({"name": None}, "unknown network None"),
         ({"colour": 3}, "unexpected keyword argument 'colour'"),
     ],
 )
@@ -234,8 +281,7 @@ def test_a_header_without_architecture(tmp_path):
     path = tmp_path / "a.safetensors"
     fitting = {"architecture": small("pre").config, "dtype": "float31"}
     for architecture in ({}, {"architecture": {}}, {"architecture": 3}, fitting):
-        head = json.dumps({"format": "unravelling/1"} | architecture)
-        save_file({"weight": torch.zeros(3)}, path, {"unravelling": head})
+        data_module.write_tensors(path, {"weight": torch.zeros(3)}, {"format": "unravelling/1"} | architecture)
         with pytest.raises(ValueError, match="does not fit the architecture in its header"):
             load(path)
 
@@ -268,3 +314,10 @@ def test_half_precision_halves_the_file_and_rounds_only_matrices_and_kernels(tmp
         expected = tensor.to(torch.float16).to(tensor.dtype) if tensor.dim() > 1 else tensor
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], expected)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("path", sorted((ROOT / "data/weights").rglob("*.safetensors")), ids=lambda path: path.stem)
+def test_every_shipped_file_has_a_checksum(path):
+    assert header(path)["checksum"]
+    assert len(load(path).units) > 1

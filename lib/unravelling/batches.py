@@ -47,9 +47,76 @@ def move(x: Any, module: nn.Module) -> Any:
         x = torch.from_numpy(x)
     if not isinstance(x, Tensor):
         return x
+    x = x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x  # so that gradients can flow
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
     x = x.to(dtype) if x.is_floating_point() else x  # first, since a device may lack the old type
     return x.to(device_of(module))
+
+
+def _received(chain: nn.Module, **parts: Any) -> list[Any]:
+    """Bring inputs ``x``, and labels ``y`` where there are some, to a chain; raise where no network can take them."""
+    if not isinstance(chain, nn.Module):
+        raise TypeError(f"chain is a {type(chain).__name__}: expected a network, an nn.Module")
+    if device_of(chain).type == "meta":
+        raise ValueError("the network's weights are on the device meta, where they have no values: load them first")
+    for name, part in parts.items():
+        try:
+            parts[name] = move(part, chain)
+        except (TypeError, NotImplementedError) as error:
+            raise TypeError(f"{name} cannot be brought to the network: {error}") from error
+    x, tensors = parts["x"], [*_tensors(parts["x"])]
+    if not tensors and (isinstance(x, (Split, Dataset)) or not hasattr(x, "to")):
+        kind = type(x).__name__
+        raise TypeError(f"x, the inputs, is a {kind} without a tensor: expected a batch, such as images (B, C, H, W)")
+    lengths = [len(part) for part in parts.values() if isinstance(part, Tensor) and part.dim()]
+    if 0 in lengths:
+        raise ValueError("a batch holds no images: leave it out")
+    if any(tensor.isnan().any() for tensor in tensors if tensor.is_floating_point()):
+        raise ValueError("x, the inputs, hold NaN: leave such images out, or look for a division by zero before")
+    if len(lengths) == 2 and lengths[0] != lengths[1]:
+        raise ValueError(f"there are {lengths[0]} inputs, but {lengths[1]} labels: expected one y for each x")
+    return list(parts.values())
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    for part in x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ():
+        yield from _tensors(part)
+
+
+def check_labels(logits: Tensor, y: Any) -> None:
+    """Raise TypeError or ValueError unless ``y`` ``(B, …)`` are classes for logits ``(B, K, …)``, not all of them -100.
+
+    Probabilities of the shape of the logits will do, too.
+    """
+    if not isinstance(y, Tensor) or (y.is_floating_point() and y.shape != logits.shape):
+        kind = f"has the type {y.dtype}" if isinstance(y, Tensor) else f"is a {type(y).__name__}"
+        raise TypeError(f"y, the labels, {kind}: expected a tensor of classes, such as y.long()")
+    if y.is_floating_point():
+        return
+    if logits.dim() < 2 or y.shape != (*logits.shape[:1], *logits.shape[2:]):
+        shapes = f"{tuple(y.shape)} beside logits of shape {tuple(logits.shape)}"
+        raise ValueError(f"y, the labels, have shape {shapes}: expected one label for each image or token")
+    counted, last = y[y != IGNORED], logits.shape[1] - 1
+    foreign = counted[(counted < 0) | (counted > last)]
+    if len(foreign):
+        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
+    if not len(counted):
+        raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
+
+
+@contextmanager
+def named_failure(x: Any) -> Iterator[None]:
+    """Say in a ``with`` block around a network that it cannot take ``x`` (ValueError), where torch says less."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in _tensors(x))
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the network cannot take x, inputs of shape {shapes or '()'}: {reason}") from error
 
 
 def inputs_and_labels(chain: nn.Module, batch: Any) -> tuple[Any, Any]:
@@ -62,27 +129,34 @@ def inputs_and_labels(chain: nn.Module, batch: Any) -> tuple[Any, Any]:
         batch: a pair of inputs and labels, or a dict of inputs with ``labels`` or ``label``.
 
     Raises:
-        ValueError: a dict has no labels, or something else is no pair.
+        TypeError, ValueError: a dict has no labels, or something else is no pair; or inputs are no tensors, none, not
+            as many as the labels, or hold NaN.
     """
     if not isinstance(batch, Mapping):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             raise ValueError(f"a batch is a {kind}: expected a pair of inputs and labels, or a dict with 'labels'")
-        return move(batch[0], chain), move(batch[1], chain)
+        x, y = _received(chain, x=batch[0], y=batch[1])
+        return x, y
     name = next((name for name in LABELS if name in batch), None)
     if name is None:
         raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
-    y = move(batch[name], chain)
+    x, y = _received(chain, x=_inputs_alone(batch), y=batch[name])
     if getattr(getattr(chain, "stem", None), "shift_labels", False) and y.dim() == 2:
         y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)
-    return inputs_of(chain, batch), y
+    return x, y
 
 
 def inputs_of(chain: nn.Module, batch: Any) -> Any:
     """Return the inputs alone, on the chain's device, of a batch that needs no labels; a tensor is taken for inputs."""
+    (x,) = _received(chain, x=_inputs_alone(batch))
+    return x
+
+
+def _inputs_alone(batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        return move({key: value for key, value in batch.items() if key not in LABELS}, chain)
-    return move(batch[0] if isinstance(batch, (tuple, list)) else batch, chain)
+        return {key: value for key, value in batch.items() if key not in LABELS}
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
 def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> Iterator[tuple[Any, Any]]:
@@ -111,8 +185,6 @@ def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> 
     empty = True
     for batch in data:
         x, y = inputs_and_labels(chain, batch) if labels else (inputs_of(chain, batch), None)
-        if any(isinstance(part, Tensor) and part.dim() and not len(part) for part in (x, y)):
-            raise ValueError("a batch holds no images: leave it out")
         empty = False
         yield x, y
     if empty:

@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 
-def check_positive(**numbers: int | None) -> None:
-    """Raise ValueError, with its name, for a number that is neither None nor 1 or more."""
+def check_number(least: int | None = 0, /, **number: Any) -> int:
+    """Return the one number given by name; raise TypeError where it is not whole, ValueError where it is too small."""
+    ((name, value),) = number.items()
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, not {value!r:.80}")
+    value = int(value)
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    if abs(value) >= 2**63:
+        raise ValueError(f"{name} must be less than 2^63, not {value}")
+    return value
+
+
+def check_positive(**numbers: Any) -> None:
+    """Raise TypeError or ValueError, with its name, for what is neither None nor a whole number of 1 or more."""
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
+        if number is not None:
+            check_number(1, **{name: number})
+
+
+def _check_kind(kind: type, **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}: expected {kind.__name__}")
+
+
+def check_chain(chain: Any) -> Chain:
+    """Return a chain as it is, or raise TypeError for anything else."""
+    if not isinstance(chain, Chain):
+        raise TypeError(f"chain is a {type(chain).__name__}: expected a Chain, such as unravel(model, x) returns")
+    return chain
+
+
+def listed(**values: Any) -> list:
+    """Return the one argument given by name as a list, or raise TypeError or ValueError where nothing is in it."""
+    ((name, value),) = values.items()
+    try:
+        several = list(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is {value!r:.80}: expected several, such as a list of one") from error
+    if not several:
+        raise ValueError(f"{name} is empty: expected at least one member")
+    return several
 
 
 class Scale(nn.Module):
@@ -26,6 +66,18 @@ class Scale(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """Map a tensor of any shape to its multiple."""
         return self.factor * y
+
+
+class Remainder(nn.Module):
+    """A branch with a multiple of its input added: f(y) + factor·y."""
+
+    def __init__(self, branch: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.branch, self.factor = branch, factor
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map a tensor of any shape to one of the same shape."""
+        return self.branch(y) + self.factor * y
 
 
 class NoSkip(nn.Module):
@@ -86,6 +138,8 @@ class Unit(nn.Module):
         transition: bool | None = None,
     ) -> None:
         super().__init__()
+        parts = {"branch": branch, "skip": skip, "post": post}
+        _check_kind(nn.Module, **{name: part for name, part in parts.items() if part is not None})
         self.branch = branch
         self.skip = nn.Identity() if skip is None else skip
         self.post = nn.Identity() if post is None else post
@@ -127,9 +181,20 @@ class Unit(nn.Module):
         branch.training = self.training  # .train() would also set the mode of the shared modules
         return self._with(branch)
 
-    def _with(self, branch: nn.Module | None) -> Unit:
+    def split(self, c: float) -> Unit:
+        """Return a unit that computes the same as the sum of c·y and a branch f(y) + (1 - c)·y, and shares its parts.
+
+        A unit that is deleted, plain, or has a skip other than the identity is returned as it is.
+        """
+        if self.branch is None or not self.residual or not self.has_identity_skip:
+            return self
+        skip, branch = Scale(c), Remainder(self.branch, 1 - c)
+        skip.training = branch.training = self.training
+        return self._with(branch, skip)
+
+    def _with(self, branch: nn.Module | None, skip: nn.Module | None = None) -> Unit:
         options: dict[str, Any] = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
-        unit = Unit(branch, self.skip, self.post, residual=self.residual or branch is None, **options)
+        unit = Unit(branch, skip or self.skip, self.post, residual=self.residual or branch is None, **options)
         unit.training = self.training
         return unit
 
@@ -162,6 +227,11 @@ class Chain(nn.Module):
 
     def __init__(self, stem: nn.Module, units: Iterable[Unit], head: nn.Module, config: dict | None = None) -> None:
         super().__init__()
+        _check_kind(nn.Module, stem=stem, head=head)
+        _check_kind(Iterable, units=units)
+        units = list(units)
+        for unit in units:
+            _check_kind(Unit, unit=unit)
         self.stem = stem
         self.units = cast("Sequence[Unit]", nn.ModuleList(units))
         self.head = head
@@ -206,6 +276,29 @@ class Chain(nn.Module):
         """
         return self.with_units(self.units[i] for i in self.check_order(order))
 
+    def split(self, c: float | Sequence[float]) -> Chain:
+        """Return a chain that computes the same from y + f = c·y + [f + (1 - c)·y], the bracket called the branch.
+
+        Its paths differ, its gradient does not (see `unravelling.paths.canonical_split`). Deleting one of its units
+        leaves c·y. Units that are deleted or plain, or whose skip is not the identity, stay as they are.
+
+        Args:
+            c: the factor of every unit, or one for each ``(n,)``, of which NaN leaves a unit as it is.
+
+        Raises:
+            TypeError, ValueError: there are not n factors, or one is no finite number.
+        """
+        factors = list(c) if isinstance(c, Iterable) else [c] * len(self)
+        if len(factors) != len(self):
+            raise ValueError(f"c has {len(factors)} factors, but this chain has {len(self)} units: give one or all")
+        for factor in factors:
+            if isinstance(factor, bool) or not isinstance(factor, Real):
+                raise TypeError(f"c holds {factor!r:.80}: expected numbers")
+            if math.isinf(factor):
+                raise ValueError(f"c holds {factor}: expected finite numbers, or NaN to leave a unit as it is")
+        pairs = zip(self.units, factors, strict=True)
+        return self.with_units(unit if math.isnan(factor) else unit.split(float(factor)) for unit, factor in pairs)
+
     def with_units(self, units: Iterable[Unit]) -> Chain:
         """Return a chain of other units between the same stem and head."""
         chain = Chain(self.stem, units, self.head, self.config)
@@ -215,16 +308,18 @@ class Chain(nn.Module):
     def check_indices(self, indices: Sequence[int]) -> list[int]:
         """Return ``indices`` as a list, or raise IndexError for a missing and ValueError for a repeated unit."""
         checked: list[int] = []
-        for i in indices:
-            if isinstance(i, bool) or int(i) != i or not 0 <= i < len(self):
+        for i in indices if isinstance(indices, Iterable) else [indices]:
+            whole = isinstance(i, (Real, Tensor)) and not isinstance(i, bool) and i % 1 == 0  # 2.0 will do
+            if not whole or not 0 <= i < len(self):
                 raise IndexError(f"unit {i} does not exist: this chain has units 0 to {len(self) - 1}")
-            if i in checked:
+            if int(i) in checked:
                 raise ValueError(f"unit {i} is named more than once: name each unit once")
             checked.append(int(i))
         return checked
 
     def check_order(self, order: Sequence[int]) -> list[int]:
         """Return ``order`` as a list, or raise what `reordered` raises."""
+        order = listed(order=order)
         if len(order) != len(self):
             raise ValueError(f"order names {len(order)} units, but this chain has {len(self)}: name each one once")
         checked = self.check_indices(order)

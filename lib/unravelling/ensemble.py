@@ -10,22 +10,34 @@ import pandas as pd
 from scipy.special import log_softmax, logsumexp
 
 from .batches import Batches
-from .chain import Chain, check_positive
+from .chain import Chain, check_chain, check_number, check_positive, listed
 from .data import Split
 from .lesion import score, summarize, variant_logits
 
 
 def predictions(chains: Sequence[Chain], data: Split | Batches) -> tuple[np.ndarray, np.ndarray]:
     """Return logits ``(members, images, K)`` of several networks on the same images, and labels ``(images,)``."""
-    if not chains:
-        raise ValueError("an ensemble needs at least one member")
-    logits = [variant_logits(chain, data, [range(len(chain))]) for chain in chains]
+    members = [check_chain(chain) for chain in listed(chains=chains)]
+    logits = [variant_logits(chain, data, [range(len(chain))]) for chain in members]
+    if len({member.shape for member, _ in logits}) > 1:
+        raise ValueError("the members do not have the same classes: their logits differ in shape")
     return np.concatenate([member for member, _ in logits]), logits[0][1]
 
 
 def average(logits: np.ndarray) -> np.ndarray:
     """Return the log of the members' mean class probabilities, ``(images, K)``, for logits ``(members, images, K)``."""
-    return logsumexp(log_softmax(logits.astype(float), axis=-1), axis=0) - np.log(len(logits))
+    logits = _members(logits)
+    return logsumexp(log_softmax(logits, axis=-1), axis=0) - np.log(len(logits))
+
+
+def _members(logits: np.ndarray, least: int = 1) -> np.ndarray:
+    logits = np.asarray(logits)
+    if logits.dtype.kind not in "iuf" or logits.ndim < 2 or not logits.size or np.isnan(logits).any():
+        expected = "(members, images, K), not empty and without NaN, such as predictions returns"
+        raise ValueError(f"logits has shape {logits.shape} and type {logits.dtype}: expected {expected}")
+    if len(logits) < least:
+        raise ValueError(f"disagreement needs at least two members, but logits has {len(logits)}")
+    return logits.astype(float)
 
 
 def remove_members(
@@ -49,11 +61,16 @@ def remove_members(
         ValueError: nothing would be left, or there are no trials.
     """
     check_positive(trials=trials)
-    members = len(logits)
-    random = np.random.default_rng(seed)
+    logits = _members(logits)
+    if np.shape(labels)[:1] != logits.shape[1:2]:
+        raise ValueError(
+            f"labels has shape {tuple(np.shape(labels))}: expected one for each of {logits.shape[1]} images"
+        )
+    members, labels = len(logits), np.asarray(labels)
+    random = np.random.default_rng(check_number(seed=seed))
     rows, averages = [], [average(logits)]
-    for number in removed:
-        left = members - number
+    for number in listed(removed=removed):
+        left = members - check_number(None, removed=number)
         if not 0 < left <= members:
             raise ValueError(f"cannot remove {number} of {members} members: leave at least one")
         if trials is None:
@@ -87,10 +104,10 @@ def random_subnetworks(
     Raises:
         ValueError: more active units than there are, or no members.
     """
-    check_positive(members=members)
-    if not 0 <= active <= len(chain):
+    check_number(1, members=members)
+    if check_number(active=active) > len(check_chain(chain)):
         raise ValueError(f"cannot keep {active} units: this chain has {len(chain)}")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(check_number(seed=seed))
     kept = [set(random.choice(len(chain), active, replace=False).tolist()) for _ in range(members)]
     return variant_logits(chain, data, [[i if i in some else ~i for i in range(len(chain))] for some in kept])
 
@@ -104,9 +121,8 @@ def disagreement(logits: np.ndarray) -> float:
     Raises:
         ValueError: fewer than two members.
     """
-    members, _, classes = logits.shape
-    if members < 2:
-        raise ValueError("disagreement needs at least two members")
+    logits = _members(logits, 2)
+    members, classes = len(logits), logits.shape[-1]
     votes = np.eye(classes)[logits.argmax(-1)].sum(0)  # (images, K): members that choose each class
-    agreeing = (votes * (votes - 1)).sum(1) / (members * (members - 1))
+    agreeing = (votes * (votes - 1)).sum(-1) / (members * (members - 1))
     return float(1 - agreeing.mean())

@@ -29,7 +29,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import singledispatch
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -39,8 +39,17 @@ from .batches import move
 from .chain import Chain, Unit
 from .tracing.parts import Maker, Origin, make_parts
 from .tracing.reading import NotABlock, read
-from .tracing.trace import Unsupported, arguments, call, preserved, trace_by_export, trace_symbolically
-from .verify import gradients, refuse_unequal, verify
+from .tracing.trace import (
+    Unsupported,
+    arguments,
+    call,
+    copies_of_buffers,
+    preserved,
+    refuse_hooks,
+    trace_by_export,
+    trace_symbolically,
+)
+from .verify import gradients, refuse_at_other_sizes, refuse_unequal, verify
 
 Function = Callable[[Any, Tensor], Tensor]
 """What a part of a block computes from the block and the state."""
@@ -114,8 +123,11 @@ def unravel(
     branch: str | Function | None = None,
     skip: str | Function | None = None,
     post: str | Function | None = None,
+    stream: str | None = None,
 ) -> Unravelled:
     """Return a model as a chain of units, which shares its parameters. The model stays as it is.
+
+    Hooks on layers that stay whole are called in the chain, too; one on a module that is taken apart is refused.
 
     Args:
         model: any network with one stream: a stem, residual blocks one after the other, and a head. In eval mode.
@@ -128,6 +140,8 @@ def unravel(
             name of an attribute. When None, the block's class or its graph tells.
         skip: with ``branch``, the shortcut, likewise; the identity when None.
         post: with ``branch``, what follows the sum, likewise; nothing when None.
+        stream: name of the input that the stream starts at, where the model takes several; what gives the most units
+            when None.
 
     Returns:
         A chain with a method ``verify``.
@@ -137,6 +151,12 @@ def unravel(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unravel takes a torch.nn.Module, not a {type(model).__name__}")
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = cast("nn.Module", getattr(model, "_orig_mod", None) or model.module)  # in torch.compile, or a wrapper
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Unsupported(
+            "this model is a TorchScript program, whose modules are gone: pass the model it was made from"
+        )
     if isinstance(model, Chain):
         raise ValueError("this model is a chain already")
     if branch is None and (skip is not None or post is not None):
@@ -149,13 +169,14 @@ def unravel(
             stacklevel=2,
         )
     x = move(x, model)
-    with preserved(model):
+    with preserved(model), torch.enable_grad():
         by_hand = None if units is None else _named(model, units)
         if branch is not None:
             makers: dict[str, Maker] = dict.fromkeys(by_hand or (), lambda block: [_unit(block, branch, skip, post)])
         else:
             makers = _registered(model, by_hand)
-        chain, remarks = _first_right_chain(model, x, makers, by_hand)
+        refuse_hooks(model, layers=False)
+        chain, remarks = _first_right_chain(model, x, makers, by_hand, stream)
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
     return chain
@@ -213,10 +234,10 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
             f"the forward of {type(model).__name__} takes several inputs ({names}): {error}. Give an example of them "
             "all, as a tuple or as a dict"
         ) from error
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = copies_of_buffers(model)
     with torch.no_grad():
         first = call(model, x)
-        changed = [name for name, b in model.named_buffers() if not torch.equal(b, before[name])]
+        changed = [name for name, (buffer, old) in before.items() if not torch.equal(buffer, old)]
         second = call(model, x)
     if not isinstance(first, Tensor):
         raise Unsupported(f"the model returns a {type(first).__name__}, in which there is no tensor of logits")
@@ -230,7 +251,7 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
 
 
 def _first_right_chain(
-    model: nn.Module, x: Any, makers: dict[str, Maker], by_hand: Sequence[str] | None
+    model: nn.Module, x: Any, makers: dict[str, Maker], by_hand: Sequence[str] | None, stream: str | None
 ) -> tuple[Unravelled, list[str]]:
     """Try the ways of tracing until one gives a chain that computes what the model does; return it, and remarks."""
     logits, remarks = (None, []) if x is None else _outputs(model, x)
@@ -246,16 +267,19 @@ def _first_right_chain(
             if ways[0] == "torch.fx":
                 traced = trace_symbolically(model, x, map(model.get_submodule, makers))
             else:
+                refuse_hooks(model, layers=True)
                 traced = trace_by_export(model, x)
         except Exception as error:
             refusal = refusal or (error if isinstance(error, Unsupported) else None)
             failures.append(f"{ways.pop(0)}: {next(iter(str(error).strip().splitlines()), repr(error))}")
             continue
         try:
-            reading, stretches, found = read(model, traced, makers, by_hand)
+            reading, stretches, found, notes = read(model, traced, makers, by_hand, stream)
             chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
+            chain.notes = [*chain.notes, *notes]
             if logits is not None:
                 refuse_unequal(chain, chain._origin, x, logits, expected)
+                refuse_at_other_sizes(chain, chain._origin, x)
             return chain, remarks + found
         except NotABlock as error:
             makers = {name: maker for name, maker in makers.items() if name != str(error)}

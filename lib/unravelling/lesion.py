@@ -4,80 +4,140 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from contextlib import nullcontext
+from functools import partial
+from itertools import combinations, groupby, product
+from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import IGNORED, Batches, eval_mode, iterate
-from .chain import Chain, check_positive
+from .batches import IGNORED, Batches, device_of, eval_mode, iterate
+from .chain import Chain, Unit, check_chain, check_positive
 from .data import Split
 from .stats import paired_bootstrap, wilson
 
 Loss = Callable[[Tensor, Any], Tensor]
+Function = Callable[[Tensor], Tensor]
+
+# Together, small states save launches; large ones leave the caches. For ResNet-110 on a CPU most of the gain is gone
+# between states of half a megabyte (128 digits, 8 images of CIFAR-10) and of two (500 and 32): room for the former.
+MAX_MEMORY = 2**26
+KINDS = ("mean", "resample", "noise", "added noise")
 
 
-def _run(chain: Chain, x: Any, variants: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
-    """Yield the number and the logits of every variant for one batch of inputs, in an order that shares work."""
-    deleted = {i: chain.units[~i].deleted() for i in {i for variant in variants for i in variant if i < 0}}
-    states: list[Tensor] = [chain.stem(x)]
-    path: tuple[int, ...] = ()
-    for v in sorted(range(len(variants)), key=lambda v: tuple(variants[v])):
-        variant = tuple(variants[v])
-        pairs = enumerate(zip(path, variant, strict=False))
-        shared = next((i for i, (a, b) in pairs if a != b), min(len(path), len(variant)))
-        del states[shared + 1 :]
-        for i in variant[shared:]:
-            states.append((chain.units[i] if i >= 0 else deleted[i])(states[-1]))
-        path = variant
-        yield v, chain.head(states[-1])
+def _parts(chain: Chain, variants: Sequence[Sequence[int]], others: Mapping[int, Function]) -> dict[int, Function]:
+    """Return what computes each number of the variants."""
+    if not len(variants):
+        raise ValueError("there are no variants: name at least one sequence of units, such as range(len(chain))")
+    parts: dict[int, Function] = {**dict(enumerate(check_chain(chain).units)), **others}
+    for i in {i for variant in variants for i in variant}.difference(parts):
+        (unit,) = chain.check_indices([~i if i < 0 else i])
+        parts[i] = chain.units[unit].deleted()
+    return parts
+
+
+def _can_stack(chain: Chain, images: int, y: Any) -> bool:
+    """Return whether states of several variants can make up one batch: images come first in them and do not mix."""
+    if not isinstance(y, Tensor) or y.dim() not in (2, 4) or len(y) != images:  # sequences may come first instead
+        return False
+    mixing = any(isinstance(part, _BatchNorm) and part.running_mean is None for part in chain.modules())
+    return not mixing and not any(hasattr(part, "context") for part in chain.modules())  # which the stem left
+
+
+def _run(
+    chain: Chain, x: Any, images: int, variants: Sequence[Sequence[int]], parts: Mapping[int, Function], max_memory: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number and the logits of every variant for one batch, computing each distinct prefix of units once.
+
+    Prefixes are gone through in layers, of which those with the same next unit go through it as one batch, so that a
+    launch serves many. Of a layer that does not fit, the rest waits, and with it the states from which it goes on.
+    Where only one prefix fits, this is a walk in depth.
+    """
+    layer, depth = [(chain.stem(x), list(range(len(variants))))], 0  # states, and the variants that begin with each
+    stacked, longest = _can_stack(chain, images, layer[0][0]), max(map(len, variants))
+    waiting: list[tuple[int, list[tuple[int, Any, list[int]]]]] = []  # depth, and steps: unit, state, variants
+    while layer or waiting:
+        steps: list[tuple[int, Any, list[int]]] = []
+        for state, members in layer:
+            if ended := [v for v in members if len(variants[v]) == depth]:
+                logits = chain.head(state)
+                yield from ((v, logits) for v in ended)
+            onward = sorted((variants[v][depth], v) for v in members if len(variants[v]) > depth)
+            steps += [(i, state, [v for _, v in some]) for i, some in groupby(onward, key=itemgetter(0))]
+        if steps:
+            most = 1
+            if stacked:
+                kept = [step[1].untyped_storage() for _, piece in [*waiting, (depth, steps)] for step in piece]
+                held = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+                size = steps[0][1].nbytes
+                spare = max_memory - held - (longest - depth) * size  # a walk in depth may keep a state a unit
+                most = max(1, spare // (2 * size))  # the states as one batch, and what comes out
+            steps.sort(key=itemgetter(0))
+            waiting += [(depth, steps[i : i + most]) for i in reversed(range(0, len(steps), most))]
+        layer = []
+        if waiting:
+            depth, steps = waiting.pop()
+            for i, some in groupby(steps, key=itemgetter(0)):
+                _, states, groups = zip(*some, strict=True)
+                out = parts[i](states[0] if len(states) == 1 else torch.cat(states))
+                layer += zip([out] if len(states) == 1 else out.split(images), groups, strict=True)
+            depth += 1
+
+
+def _results(
+    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], result: Callable[[Tensor, Any], Any], *,
+    others: Mapping[int, Function] = MappingProxyType({}), max_memory: int = MAX_MEMORY,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[list[Any], Any]]:
+    """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
+    variants = [tuple(variant) for variant in variants]
+    parts = _parts(chain, variants, others)
+    for x, y in iterate(chain, data):
+        images = len(y) if isinstance(y, Tensor) and y.dim() else 0
+        found: list[Any] = [None] * len(variants)
+        cast = nullcontext() if dtype is None else torch.autocast(device_of(chain).type, dtype)
+        with eval_mode(chain), torch.inference_mode(), cast:  # around the model alone: the iterator is the caller's
+            for v, out in _run(chain, x, images, variants, parts, max_memory):
+                found[v] = result(out, y)
+        yield found, y
 
 
 def variant_logits(
-    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]]
+    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run many rearrangements of one chain, computing what they have in common only once.
+    """Return logits ``(variants, images, K)``, float32, and labels ``(images,)``; arguments as in `evaluate_variants`.
 
-    The variants are visited in sorted order, so that consecutive ones share their longest prefix of units; its
-    states are kept. Deleting each of n units in turn takes n(n + 1) / 2 branch evaluations a batch this way, the intact
-    network included, where a loop takes n². In eval mode the results are those of the loop to the last bit.
+    All logits are kept: for language models, with ``(variants, sequences, T, K)``, use `evaluate_variants`.
+    """
+    batches = list(_results(chain, data, variants, lambda out, _: out.float().cpu().numpy(), **options))
+    logits = np.concatenate([np.stack(found) for found, _ in batches], 1)
+    return logits, np.concatenate([y.cpu().numpy() for _, y in batches])
+
+
+def evaluate_variants(
+    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], loss: Loss | None = None, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return errors and losses of many rearrangements of one chain, computing what they have in common only once.
+
+    Each distinct prefix of units is computed once: deleting each of n units in turn takes n(n + 1) / 2 branch
+    evaluations a batch, the intact network included, where a loop takes n². Small states of different variants go
+    through a unit as one batch, for which PyTorch may choose a kernel that rounds differently; otherwise the results
+    are those of the loop to the last bit.
 
     Args:
         chain: the network; its modes and parameters stay as they are.
         data: a split, or `~unravelling.batches.Batches`.
         variants: each a sequence of units, where i is unit i and ``~i`` (that is -i - 1) is unit i deleted.
-
-    Returns:
-        Logits ``(variants, images, K)``, float32, and labels ``(images,)``. All of them are kept: for language models,
-        with logits ``(variants, sequences, T, K)``, use `evaluate_variants`.
-
-    Raises:
-        ValueError: a unit cannot be deleted.
-    """
-    logits, labels = [], []
-    for x, y in iterate(chain, data):
-        batch = [np.empty(0)] * len(variants)
-        with eval_mode(chain), torch.inference_mode():  # around the model alone: the iterator is the caller's
-            for v, out in _run(chain, x, variants):
-                batch[v] = out.float().cpu().numpy()
-        logits.append(np.stack(batch))
-        labels.append(y.cpu().numpy())
-    return np.concatenate(logits, 1), np.concatenate(labels)
-
-
-def evaluate_variants(
-    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], loss: Loss | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return errors and losses of many rearrangements of one chain; logits are not kept.
-
-    Args:
-        chain: the network; its modes and parameters stay as they are.
-        data: a split, or `~unravelling.batches.Batches`.
-        variants: as in `variant_logits`.
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
+        options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time,
+            which may take a state a unit and three more, is always computed, and where a unit enlarges its state, what
+            comes out is as much larger. ``dtype`` for `torch.autocast`, such as ``torch.bfloat16``, faster in hardware.
 
     Returns:
         ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``. With labels ``(B, T)`` each row of tokens
@@ -85,44 +145,43 @@ def evaluate_variants(
         over rows is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
 
     Raises:
-        ValueError: a unit cannot be deleted, or there is no label to score.
+        ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
+        IndexError: a unit does not exist.
     """
-    wrongs: list[np.ndarray] = []
-    losses: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    for x, y in iterate(chain, data):
-        scores: list[Any] = [None] * len(variants)
-        with eval_mode(chain), torch.inference_mode():
-            for v, out in _run(chain, x, variants):
-                scores[v] = _score_batch(out, y, loss)
-        wrongs.append(np.stack([wrong for wrong, _, _ in scores]))
-        losses.append(np.stack([values for _, values, _ in scores]))
-        counts.append(scores[0][2])
-    wrong, values, count = np.concatenate(wrongs, 1), np.concatenate(losses, 1), np.concatenate(counts)
-    if not count.any():
+    batches = [
+        [torch.stack(scores).numpy() for scores in zip(*found, strict=True)]
+        for found, _ in _results(chain, data, variants, lambda out, y: _score_batch(out, y, loss), **options)
+    ]
+    wrong, values, counts = (np.concatenate(scores, 1) for scores in zip(*batches, strict=True))
+    share = _share(counts[0])
+    wrong = wrong * share if wrong.dtype.kind == "f" or (counts != 1).any() else wrong.astype(bool)
+    return wrong, values * share if loss is None else values
+
+
+def _share(counts: np.ndarray) -> float:
+    """Return images over labels: the factor by which the mean of sums over an image's labels is that over labels."""
+    if not counts.any():
         raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
-    share = len(count) / count.sum()
-    return wrong if wrong.dtype == bool else wrong * share, values * share if loss is None else values
+    return len(counts) / counts.sum()
 
 
-def _score_batch(out: Tensor, y: Any, loss: Loss | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return, for each image of a batch, whether it is wrong, its loss, and how many labels it has: sums over them."""
-    labels = y.cpu().numpy() if isinstance(y, Tensor) else None
-    logits = _classes_last(out.float().cpu().numpy(), labels)
-    if labels is not None and (loss is None or (labels.dtype.kind in "iu" and logits.shape[:-1] == labels.shape)):
-        wrong, values = score(logits, labels)
-        kept = labels != IGNORED
-        if kept.ndim > 1 or not kept.all():
-            inner = tuple(range(1, kept.ndim))
-            wrong, values = (wrong & kept).sum(inner), values.sum(inner, where=kept)
-            kept = kept.sum(inner)
+def _score_batch(out: Tensor, y: Any, loss: Loss | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for each image of a batch, how many labels are missed, its loss, and how many labels it has."""
+    logits = out.cpu().double()  # in this order, since a device may lack the type
+    labels = y.cpu().long() if isinstance(y, Tensor) and not y.is_floating_point() else None
+    if labels is not None and labels.dim() > 2 and logits.shape[:-1] != labels.shape:
+        logits = logits.movedim(1, -1)  # segmentation: (B, K, H, W) for labels (B, H, W)
+    if labels is not None and (loss is None or logits.shape[:-1] == labels.shape):
+        wrong, values, kept = (part.reshape(len(labels), -1).sum(1) for part in _scores(logits, labels))
     elif loss is None:
-        raise ValueError(f"the labels are a {type(y).__name__}: pass a loss that knows what to do with them")
+        kind = y.type() if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"the labels are a {kind}: pass a loss that knows what to do with them")
     else:
-        wrong, kept = np.full(len(out), np.nan), np.ones(len(out))
+        wrong, kept = torch.full((len(out),), torch.nan), torch.ones(len(out), dtype=torch.long)
     if loss is not None:
-        values = np.array([float(loss(out[i : i + 1], _labels_of(y, i))) for i in range(len(out))])
-    return wrong, values, kept
+        each = (loss(out[i : i + 1], _labels_of(y, i)) for i in range(len(out)))
+        values = torch.stack([torch.as_tensor(value).reshape(()) for value in each])
+    return wrong, values.cpu().double(), kept
 
 
 def _labels_of(y: Any, i: int) -> Any:
@@ -132,43 +191,57 @@ def _labels_of(y: Any, i: int) -> Any:
     return y[i : i + 1] if isinstance(y, Tensor) else y
 
 
-def _classes_last(logits: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-    """Bring the logits ``(B, K, H, W)`` of a segmentation into the order of its labels ``(B, H, W)``."""
-    if labels is None or labels.ndim < 3 or logits.shape[:-1] == labels.shape:
-        return logits
-    return np.moveaxis(logits, 1, -1)
+def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is wrong, the cross-entropy, and which labels count; what does not is neither wrong nor a loss."""
+    if logits.shape[logits.dim() - labels.dim() - 1 : -1] != labels.shape:
+        shapes = f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}"
+        raise ValueError(f"there are {shapes}: expected a label for each row of logits over the classes")
+    kept, last = labels != IGNORED, logits.shape[-1] - 1
+    foreign = labels[kept & ((labels < 0) | (labels > last))]
+    if len(foreign):
+        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
+    chosen = torch.where(kept, labels, 0).expand(logits.shape[:-1])
+    values = logits.logsumexp(-1) - logits.gather(-1, chosen[..., None])[..., 0]
+    return (logits.argmax(-1) != labels) & kept, torch.where(kept, values, 0), kept
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return ``wrong`` (bool) and cross-entropy ``loss`` (nats), both ``(…, images)``, of logits ``(…, images, K)``.
 
     Labels ``(images,)`` may also be those of tokens, ``(images, T)``, for logits ``(…, images, T, K)``. A token with
-    the label -100 is not wrong and has the loss NaN.
-
-    Raises:
-        ValueError: a label is no number of a class.
+    the label -100 is not wrong and has the loss NaN. Raises ValueError for a label that is no class.
     """
-    from scipy.special import logsumexp  # imported when needed, as everywhere: scipy doubles the time of the import
-
-    logits = logits.astype(float)
-    ignored = labels == IGNORED
-    last = logits.shape[-1] - 1
-    foreign = labels[~ignored & ((labels < 0) | (labels > last))]
-    if foreign.size:
-        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
-    chosen = np.broadcast_to(np.where(ignored, 0, labels)[..., None], (*logits.shape[:-1], 1))
-    loss = logsumexp(logits, axis=-1) - np.take_along_axis(logits, chosen, -1)[..., 0]
-    wrong = logits.argmax(-1) != labels
-    return (wrong & ~ignored, np.where(ignored, np.nan, loss)) if ignored.any() else (wrong, loss)
+    arrays = (np.ascontiguousarray(logits, float), np.ascontiguousarray(labels, np.int64))
+    wrong, values, kept = _scores(*map(torch.tensor, arrays))
+    return wrong.numpy(), torch.where(kept, values, torch.nan).numpy()
 
 
-def delete_each(chain: Chain, data: Split | Batches, *, loss: Loss | None = None) -> pd.DataFrame:
+def _units(chain: Chain) -> pd.DataFrame:
+    keys = ("name", "stage", "is_transition")
+    table = pd.DataFrame([{key: getattr(unit, key) for key in keys} for unit in chain.units])
+    return table.rename_axis("unit").reset_index()
+
+
+def _with_one(chain: Chain, unit: int, number: int) -> tuple[int, ...]:
+    """Return the variant in which another number stands at a unit's place."""
+    return (*range(unit), number, *range(unit + 1, len(chain)))
+
+
+def _measure(
+    chain: Chain, data: Split | Batches, rows: Iterable[Any], variants: Iterable[Sequence[int]], **options: Any
+) -> pd.DataFrame:
+    """Return a row for each variant, compared with the intact network: what is known of it, then how it does."""
+    every = [range(len(chain)), *variants]
+    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, every, **options)))
+
+
+def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataFrame:
     """Delete every unit in turn (Veit et al., 2016, section 4.1 and figures 3 and 4).
 
     Args:
         chain: a trained network.
         data: a split, or `~unravelling.batches.Batches`, such as a ``DataLoader``.
-        loss: maps logits and labels of one image to a scalar; the cross-entropy when None.
+        options: ``loss``, ``max_memory`` and ``dtype`` of `evaluate_variants`.
 
     Returns:
         One row a unit, with ``unit``, ``name``, ``stage``, ``is_transition``, then the columns of `summarize`: missing
@@ -177,78 +250,66 @@ def delete_each(chain: Chain, data: Split | Batches, *, loss: Loss | None = None
     Raises:
         ValueError: no unit can be deleted.
     """
-    intact = tuple(range(len(chain)))
-    chosen = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
+    chosen = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     if not chosen:
         raise ValueError("no unit can be deleted: none has a skip, and each changes the shape of its state")
-    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in chosen)]
-    table = summarize(*evaluate_variants(chain, data, variants, loss)).set_axis(chosen)
-    units = pd.DataFrame(
-        [{key: getattr(unit, key) for key in ("name", "stage", "is_transition")} for unit in chain.units]
-    )
-    return units.rename_axis("unit").reset_index().join(table)
+    variants = [_with_one(chain, i, ~i) for i in chosen]
+    return _units(chain).merge(_measure(chain, data, {"unit": chosen}, variants, **options), how="left")
+
+
+def _draws(
+    numbers: Iterable[Any] | Any, trials: int, seed: int, most: int, refusal: str
+) -> Iterator[tuple[Any, int, np.random.Generator]]:
+    """Yield each number with the number of each trial and the random generator of all; refuse what is out of range."""
+    check_positive(trials=trials)
+    numbers = list(numbers) if isinstance(numbers, Iterable) else [numbers]
+    for number in numbers:
+        if number is not None and not 0 <= number <= most:
+            raise ValueError(refusal.format(number, most))
+    random = np.random.default_rng(seed)
+    yield from ((number, trial, random) for number, trial in product(numbers, range(trials)))
 
 
 def delete_random(
-    chain: Chain,
-    data: Split | Batches,
-    k: int | Iterable[int],
-    trials: int,
-    seed: int = 0,
-    candidates: Sequence[int] | None = None,
-    *,
-    loss: Loss | None = None,
+    chain: Chain, data: Split | Batches, k: int | Iterable[int], trials: int, seed: int = 0,
+    candidates: Sequence[int] | None = None, **options: Any,
 ) -> pd.DataFrame:
     """Delete k units chosen at random, several times over (Veit et al., 2016, section 4.2 and figure 5a).
 
     Args:
-        chain: a trained network.
-        data, loss: as in `delete_each`.
+        chain, data, options: as in `delete_each`.
         k: how many units to delete; several numbers are measured together, which shares work between them.
         trials: random choices for each k.
         seed: of the choices.
         candidates: units to choose from; all that can be deleted when None.
 
     Returns:
-        One row a choice, with ``k``, ``trial``, ``units`` (numbers, separated by spaces), then the columns of
-        `summarize`.
+        One row a choice, with ``k``, ``trial``, ``units`` (numbers, between spaces), then the columns of `summarize`.
 
     Raises:
         ValueError: k is larger than the number of candidates, or negative; there are no trials; or a candidate cannot
             be deleted.
         IndexError: a candidate does not exist.
     """
-    check_positive(trials=trials)
-    free = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
+    free = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
-    numbers = list(k) if isinstance(k, Iterable) else [k]
-    for number in numbers:
-        if not 0 <= number <= len(pool):
-            raise ValueError(f"cannot delete {number} units: there are {len(pool)} to choose from")
-    random = np.random.default_rng(seed)
-    rows, variants = [], [tuple(range(len(chain)))]
-    for number in numbers:
-        for trial in range(trials):
-            gone = sorted(random.choice(pool, number, replace=False).tolist())
-            rows.append({"k": number, "trial": trial, "units": " ".join(map(str, gone))})
-            variants.append(tuple(~i if i in gone else i for i in range(len(chain))))
-    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, variants, loss)))
+    rows, variants = [], []
+    refusal = "cannot delete {} units: there are {} to choose from"
+    for number, trial, random in _draws(k, trials, seed, len(pool), refusal):
+        gone = sorted(random.choice(pool, number, replace=False).tolist())
+        rows.append({"k": number, "trial": trial, "units": " ".join(map(str, gone))})
+        variants.append([~i if i in gone else i for i in range(len(chain))])
+    return _measure(chain, data, rows, variants, **options)
 
 
 def reorder(
-    chain: Chain,
-    data: Split | Batches,
-    swaps: int | Iterable[int | None] | None,
-    trials: int,
-    seed: int = 0,
-    *,
-    loss: Loss | None = None,
+    chain: Chain, data: Split | Batches, swaps: int | Iterable[int | None] | None, trials: int, seed: int = 0,
+    **options: Any,
 ) -> pd.DataFrame:
     """Swap random pairs of units of equal shape, several times over (Veit et al., 2016, section 4.3 and figure 5b).
 
     Args:
-        chain: a trained network.
-        data, loss: as in `delete_each`.
+        chain, data, options: as in `delete_each`.
         swaps: how many different pairs to swap, one after the other; transition units stay where they are. None
             shuffles every stage completely. Several numbers are measured together, which shares work between them.
         trials: random orders for each number of swaps.
@@ -262,44 +323,158 @@ def reorder(
     Raises:
         ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
-    check_positive(trials=trials)
     stages: dict[int, list[int]] = {}
-    for i, unit in enumerate(chain.units):
+    for i, unit in enumerate(check_chain(chain).units):
         if not unit.is_transition:
             stages.setdefault(unit.stage, []).append(i)
     pairs = [pair for members in stages.values() for pair in combinations(members, 2)]
     if not pairs:
         raise ValueError(f"no two of the {len(chain)} units can change places: no stage has two that keep the shape")
-    numbers = list(swaps) if isinstance(swaps, Iterable) else [swaps]
-    for number in numbers:
-        if number is not None and not 0 <= number <= len(pairs):
-            raise ValueError(f"cannot swap {number} different pairs: there are {len(pairs)} of equal shape")
-    random = np.random.default_rng(seed)
-    rows, variants = [], [tuple(range(len(chain)))]
-    for number in numbers:
-        for trial in range(trials):
-            order = list(range(len(chain)))
-            if number is None:
-                for members in stages.values():
-                    for position, i in zip(members, random.permutation(members).tolist(), strict=True):
-                        order[position] = i
-            else:
-                for chosen in random.choice(len(pairs), number, replace=False):
-                    a, b = pairs[chosen]
-                    order[a], order[b] = order[b], order[a]
-            rows.append({"swaps": number, "trial": trial, "order": " ".join(map(str, order))} | _taus(order, stages))
-            variants.append(tuple(chain.check_order(order)))
-    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, variants, loss)))
+    rows, variants = [], []
+    refusal = "cannot swap {} different pairs: there are {} of equal shape"
+    for number, trial, random in _draws(swaps, trials, seed, len(pairs), refusal):
+        order = np.arange(len(chain))
+        if number is None:
+            for members in stages.values():
+                order[members] = random.permutation(members)
+        else:
+            for chosen in random.choice(len(pairs), number, replace=False):
+                order[list(pairs[chosen])] = order[list(reversed(pairs[chosen]))]
+        rows.append({"swaps": number, "trial": trial, "order": " ".join(map(str, order))} | _taus(order, stages))
+        variants.append(chain.check_order(order.tolist()))
+    return _measure(chain, data, rows, variants, **options)
 
 
-def _taus(order: list[int], stages: dict[int, list[int]]) -> dict[str, float]:
-    from scipy.stats import kendalltau
+def _taus(order: np.ndarray, stages: dict[int, list[int]]) -> dict[str, float]:
+    from scipy.stats import kendalltau  # imported when needed: SciPy doubles the time of the import
 
     movable = [members for members in stages.values() if len(members) > 1]
     weights = [len(members) * (len(members) - 1) / 2 for members in movable]
-    within = [kendalltau(members, [order[i] for i in members]).statistic for members in movable]
+    within = [kendalltau(members, order[members]).statistic for members in movable]
     tau = kendalltau(range(len(order)), order).statistic
     return {"tau": tau, "tau_within": float(np.average(within, weights=weights))}
+
+
+def replace_branches(
+    chain: Chain, data: Split | Batches, kind: str | Iterable[str] = KINDS, seed: int = 0, **options: Any
+) -> pd.DataFrame:
+    """Put something else in the place of each unit's branch in turn: controls that tell what a deletion takes away.
+
+    Args:
+        chain, options: as in `delete_each`.
+        data: as in `delete_each`, in batches that can be gone through twice.
+        kind: one or several of ``"mean"``, the branch's average over all images of ``data``, at each position and in
+            each channel; ``"resample"``, the branch's output for another image of the batch; ``"noise"``, Gaussian
+            noise with the norm that the branch has for the image; ``"added noise"``, the same beside the branch.
+        seed: of who gets whose branch, and of the noise.
+
+    Returns:
+        One row a kind and unit, with ``kind``, then the columns of `delete_each`: missing values where the unit has no
+        branch. The branch of a plain unit is replaced, too: nothing of its input is left then.
+
+    Raises:
+        ValueError: a kind is unknown, a batch to resample in holds one image, or inputs differ in size.
+    """
+    kinds = [kind] if isinstance(kind, str) else list(kind)
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kind={kind!r} names no way to replace a branch: choose from {', '.join(KINDS)}")
+    n = len(check_chain(chain))
+    means = _branch_means(chain, data) if "mean" in kinds else {}
+    rows, variants, others = [], [], {}
+    for j, i in product(range(len(kinds)), range(n)):
+        if not chain.units[i].is_deleted:
+            number = n + j * n + i
+            others[number] = partial(_call, chain.units[i], change=_substitute(kinds[j], means.get(i), [seed, i]))
+            rows.append({"kind": kinds[j], "unit": i})
+            variants.append(_with_one(chain, i, number))
+    table = _measure(chain, data, rows, variants, others=others, **options)
+    return pd.DataFrame({"kind": kinds}).merge(_units(chain), how="cross").merge(table, how="left")
+
+
+def _call(unit: Unit, y: Tensor, change: Function) -> Tensor:
+    """Return a unit's output after a change to that of its branch."""
+    if unit.branch is None:
+        return unit(y)
+    f = change(unit.branch(y))
+    return unit.post(unit.skip(y) + f if unit.residual else f)
+
+
+def _call_all(chain: Chain, x: Any, change: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Return a chain's logits after changes to the outputs of all branches, given the number of the unit."""
+    y = chain.stem(x)
+    for i, unit in enumerate(chain.units):
+        y = _call(unit, y, partial(change, i))
+    return chain.head(y)
+
+
+def _branch_means(chain: Chain, data: Split | Batches) -> dict[int, Tensor]:
+    """Return the mean of each unit's branch over all images, of the shape that the branch has for one."""
+    sums: dict[int, tuple[Tensor, int]] = {}
+
+    def add(i: int, f: Tensor) -> Tensor:
+        total, count = sums.get(i, (torch.zeros_like(f[0]), 0))
+        if total.shape != f.shape[1:]:
+            raise ValueError("the branches' outputs differ in size between batches: pass inputs of one size")
+        sums[i] = total + f.sum(0), count + len(f)
+        return f
+
+    for x, _ in iterate(chain, data, labels=False):
+        with eval_mode(chain), torch.inference_mode():
+            _call_all(chain, x, add)
+    return {i: total / count for i, (total, count) in sums.items()}
+
+
+def _substitute(kind: str, mean: Tensor | None, seed: list[int]) -> Function:
+    """Return the function that maps a branch's output to what comes in its place."""
+    random = np.random.default_rng(seed)
+
+    def change(f: Tensor) -> Tensor:
+        if kind == "mean" and mean is not None:
+            return mean.expand_as(f)
+        if kind == "resample":
+            if len(f) < 2:
+                raise ValueError("a batch of one image has no other to take a branch from: pass larger batches")
+            order = random.permutation(len(f))
+            return f[np.roll(order, 1)[np.argsort(order)]]  # along one cycle, so that none keeps its own
+        noise = torch.from_numpy(random.standard_normal(f.shape, np.float32)).to(f)
+        noise = torch.einsum("b...,b->b...", noise, f.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1))
+        return f + noise if kind == "added noise" else noise
+
+    return change
+
+
+def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = None) -> pd.DataFrame:
+    """Predict from gradients what each deletion does: to first order in the branch, ⟨∂L/∂y_i, f_i⟩ for each image.
+
+    That is the derivative of the loss by a factor on the branch, by which Molchanov et al. (2017) prune. The gradient
+    is taken at the sum, before the unit's ``post``.
+
+    Args:
+        chain, data: as in `delete_each`.
+        loss: as in `evaluate_variants`; differentiable.
+
+    Returns:
+        One row a unit, with ``unit``, ``name``, ``stage``, ``is_transition``; ``importance``, the mean over images of
+        the derivative's absolute value (nats), with its 95 % bootstrap interval ``importance_low``,
+        ``importance_high``; and ``delta_loss``, minus the mean derivative: the change by a deletion, to first order.
+        Missing values where the unit has no branch. Raises ValueError where there is no label to score.
+    """
+    slopes, counts = [], []
+    for x, y in iterate(check_chain(chain), data):
+        factors: dict[int, Tensor] = {}
+
+        def scale(i: int, f: Tensor, factors: dict[int, Tensor] = factors) -> Tensor:
+            factors[i] = torch.ones(len(f), dtype=f.dtype, device=f.device, requires_grad=True)
+            return torch.einsum("b...,b->b...", f, factors[i])
+
+        with eval_mode(chain), torch.enable_grad():
+            _, losses, kept = _score_batch(_call_all(chain, x, scale), y, loss)
+            slopes.append(torch.stack(torch.autograd.grad(losses.sum(), list(factors.values()))).cpu().double())
+            counts.append(kept)
+    slope = torch.cat(slopes, 1).numpy() * (_share(torch.cat(counts).numpy()) if loss is None else 1)
+    low, high = paired_bootstrap(np.abs(slope))
+    table = {"unit": list(factors), "importance": np.abs(slope).mean(1), "importance_low": low, "importance_high": high}
+    return _units(chain).merge(pd.DataFrame(table | {"delta_loss": -slope.mean(1)}), how="left")
 
 
 def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
@@ -309,7 +484,12 @@ def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
     (nats); ``delta_error`` and ``delta_loss``, the differences to the intact network on the same images, each with a
     95 % paired bootstrap interval ``…_low``, ``…_high``. For a language model each sequence counts as an image, since
     its tokens are not independent, and the interval of the error is a bootstrap one, too.
+
+    Raises:
+        ValueError: the intact network's loss is no number.
     """
+    if np.isnan(loss[0]).any():
+        raise ValueError("the intact network's loss is NaN: look for NaN in its weights, statistics and inputs")
     images = wrong.shape[1]
     low, high = wilson(wrong[1:].sum(1), images) if wrong.dtype == bool else paired_bootstrap(wrong[1:])
     table = {"images": images, "error": wrong[1:].mean(1), "error_low": low, "error_high": high}
@@ -333,8 +513,9 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
     Raises:
         ValueError: there are no batches, or the chain was traced from a model that calls batch norm as a function.
     """
-    nodes = [node for part in chain.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
-    baked = [node.name for node in nodes if node.op == "call_function" and "batch_norm" in str(node.target)]
+    graphs = [part.graph for part in check_chain(chain).modules() if isinstance(part, fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    baked = [node.name for node in nodes if "batch_norm" in str(node.target)]
     if baked:
         raise ValueError(
             f"the traced model calls batch norm as a function ({baked[0]}), whose statistics cannot be estimated anew: "
@@ -342,7 +523,7 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
         )
     chain = copy.deepcopy(chain).eval()
     for module in chain.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             module.reset_running_stats()
             module.momentum = None  # a plain average over the batches
             module.train()  # this one alone: dropout stays off

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, Unit
+from .chain import Chain, Unit, check_number, check_positive
 
 SHAPES = {"digits": (1, 8), "cifar10": (3, 32)}
 """Channels and side length in pixels of the images of each dataset."""
@@ -61,12 +61,12 @@ def resnet(
     Raises:
         ValueError: the depth is not 6n + 2, or the shortcut is unknown.
     """
-    if depth < 8 or (depth - 2) % 6:
+    if check_number(None, depth=depth) < 8 or (depth - 2) % 6:
         near = max(8, round((depth - 2) / 6) * 6 + 2)
         raise ValueError(f"depth {depth} is not 6n + 2: use a depth such as 8, 20, 56 or 110 (nearest: {near})")
     if shortcut not in ("pad", "projection"):
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
-    with _seeded(seed):
+    with _seeded(seed, in_channels=in_channels, classes=classes, width=width):
         units, channels = [], width
         for stage in (1, 2, 3):
             for block in range((depth - 2) // 6):
@@ -148,7 +148,7 @@ def vgg(
     """
     if depth != 15:
         raise ValueError(f"there is no vgg({depth}) here: use vgg(15), the one that Veit et al. compare with")
-    with _seeded(seed):
+    with _seeded(seed, in_channels=in_channels, classes=classes, width=width, image_size=image_size):
         units, channels, size = [], in_channels, image_size
         for stage, layers in enumerate((2, 2, 3, 3, 3), start=1):
             for layer in range(layers):
@@ -174,10 +174,11 @@ def vgg(
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from a seeded generator within a ``with`` block, and leave the global one as it was."""
+def _seeded(seed: int, **sizes: int) -> Iterator[None]:
+    """Draw from a seeded generator within a ``with`` block, after a look at sizes; leave the global one as it was."""
+    check_positive(**sizes)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        torch.default_generator.manual_seed(check_number(seed=seed))  # torch.manual_seed would seed every GPU as well
         yield
 
 
@@ -204,7 +205,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
     Raises:
         ValueError: no such network or dataset.
     """
-    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn))*)", name)
+    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn))*)", str(name))
     if not match:
         raise ValueError(f"unknown network {name!r}: expected a name such as resnet110, plain56-post or vgg15-nobn")
     family, depth, suffixes = match[1], int(match[2]), set(match[3].split("-")) - {""}
@@ -212,7 +213,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
     if suffixes - allowed:
         raise ValueError(f"{family} has no variant -{min(suffixes - allowed)}: it has {', '.join(sorted(allowed))}")
     if dataset is not None:
-        if dataset not in SHAPES:
+        if dataset not in list(SHAPES):
             raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(SHAPES)}")
         channels, size = SHAPES[dataset]
         vgg_only = {"image_size": size, "width": 64 if dataset == "digits" else 128} if family == "vgg" else {}

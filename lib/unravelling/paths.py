@@ -1,4 +1,9 @@
-"""The gradient along the 2^n paths of a chain."""
+"""The gradient along the 2^n paths of a chain.
+
+Every function of a chain raises TypeError for an argument of the wrong kind, and ValueError where labels do not fit,
+the inputs hold NaN, the network cannot take them, draws random numbers or is in training mode (but for
+`gradient_norms`), or the loss is no scalar.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +11,21 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import device_of, inputs_and_labels, move
-from .chain import Chain, Unit, check_positive
+from .batches import check_labels, device_of, inputs_and_labels, inputs_of, named_failure
+from .chain import Chain, Unit, check_chain, check_number, listed
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -27,10 +34,18 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Return the mean cross-entropy (nats) of logits ``(B, K)`` and labels ``(B,)``, or ``(B, T, K)`` and ``(B, T)``.
 
     Labels of -100 are ignored.
+
+    Raises:
+        TypeError, ValueError: a label is no class, or none is left.
     """
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten()) if logits.dim() == 3 else F.cross_entropy(logits, y)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits is a {type(logits).__name__}: expected a tensor (B, K), or a loss of your own")
+    logits, y = (logits.flatten(0, 1), y.flatten()) if logits.dim() == 3 else (logits, y)
+    check_labels(logits, y)
+    return F.cross_entropy(logits, y if y.is_floating_point() else y.long())
 
 
+@torch.inference_mode(False)  # which also turns gradients on, whatever the caller has set
 def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy) -> pd.DataFrame:
     """Return the norm of the loss gradient at every state y_0 … y_n, in the mode the chain is in.
 
@@ -43,21 +58,19 @@ def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
     Returns:
         One row a state, with ``state`` (0 to n), ``gradient_norm`` over the whole batch.
     """
-    buffers = {name: buffer.clone() for name, buffer in chain.named_buffers()}
-    x, y = _inputs(chain, x, y)
-    try:
-        states = [chain.stem(x).detach().requires_grad_()]
-        for unit in chain.units:
-            states.append(unit(states[-1]))
-        gradients = grad(_scalar(loss(chain.head(states[-1]), y)), states)
-    finally:
-        with torch.no_grad():
-            for name, buffer in chain.named_buffers():
-                buffer.copy_(buffers[name])
+    x, y = _inputs(chain, x, y, loss)
+    with _as_found(chain):
+        with named_failure(x):
+            states = [chain.stem(x).detach().requires_grad_()]
+            for unit in chain.units:
+                states.append(unit(states[-1]))
+            logits = chain.head(states[-1])
+        gradients = grad(_scalar(loss, logits, y), states)
     norms = [_double(g).norm().item() for g in gradients]
     return pd.DataFrame({"state": range(len(norms)), "gradient_norm": norms})
 
 
+@torch.inference_mode(False)
 def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy) -> dict[tuple[int, ...], Tensor]:
     """Return the gradient at y_0 along each of the 2^n paths, by brute force.
 
@@ -73,17 +86,19 @@ def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
 
     Raises:
-        ValueError: the chain has more than 12 units or is in training mode, or the loss is no scalar.
+        ValueError: the chain has more than 12 units.
     """
-    if len(chain) > 12:
+    if len(check_chain(chain)) > 12:
         raise ValueError(f"{len(chain)} units make 2^{len(chain)} paths: use gradient_by_length for more than 12")
-    states, top = _states_and_top_gradient(chain, x, y, loss)
+    top, steps = _descent(chain, x, y, loss)
     paths: dict[tuple[int, ...], Tensor] = {(): top}
-    for unit, vjps in _backwards(chain, states):
-        paths = {(bit, *bits): vjps[bit](g) for (bits, g), bit in product(paths.items(), _bits(unit))}
+    for step in steps:
+        longer = {(i, *bits): way(g) for (bits, g), (i, way) in product(paths.items(), enumerate(step.ways))}
+        paths = {bits: g for bits, g in longer.items() if g is not None}
     return paths
 
 
+@torch.inference_mode(False)
 def gradient_by_length(
     chain: Chain,
     x: Any,
@@ -93,6 +108,7 @@ def gradient_by_length(
     at: str = "stem",
     max_length: int | None = None,
     dtype: torch.dtype | None = None,
+    batch_statistics: bool = False,
 ) -> Tensor:
     """Return G_0 … G_n, the exact sums of the gradients at y_0 along all paths through k branches.
 
@@ -106,33 +122,38 @@ def gradient_by_length(
         at: ``"stem"`` for the gradient at y_0, the first unit's input, ``"pixels"`` for that at ``x``.
         max_length: the longest length m told apart; all of them when None.
         dtype: compute in this type, such as ``torch.float64``, on a copy of the chain; as the chain is when None.
+        batch_statistics: whether batch norm takes its statistics from the batch, as in training, and the gradient flows
+            through them. The sums are then exact for the batch as a whole, whose images are tied; nothing is stored.
 
     Returns:
         A tensor ``(n + 1, B, …)`` whose sum over the first dimension is the gradient of the loss. With ``max_length``,
         ``(m + 2, B, …)``, where the last is the sum over all paths longer than m.
 
     Raises:
-        ValueError: the chain is in training mode, the loss is no scalar, or ``at`` or ``max_length`` makes no sense.
+        TypeError, ValueError: ``at``, ``max_length`` or ``dtype`` makes no sense.
     """
-    if at not in ("stem", "pixels"):
-        raise ValueError(f'the gradient is taken at "stem" or "pixels", not at {at!r}')
-    if max_length is not None and not 0 <= max_length <= len(chain):
+    if not isinstance(at, str) or at not in ("stem", "pixels"):
+        raise ValueError(f'at is {at!r}: the gradient is taken at "stem" or "pixels"')
+    if max_length is not None and check_number(max_length=max_length) > len(check_chain(chain)):
         raise ValueError(f"max_length {max_length} makes no sense: paths have lengths 0 to {len(chain)}")
     if dtype is not None:
-        chain = copy.deepcopy(chain).to(dtype)
-    states, top = _states_and_top_gradient(chain, x, y, loss)
-    by_length: list[Tensor | None] = [top]
-    whole = top
-    for unit, vjps in _backwards(chain, states):
-        by_length = _one_longer(unit, vjps, by_length)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype is {dtype!r}: expected a floating type, such as torch.float64")
+        chain = copy.deepcopy(check_chain(chain)).to(dtype)
+    with _as_found(chain, True) if batch_statistics else nullcontext():
+        top, steps = _descent(chain, x, y, loss, batch_statistics)
+        by_length: list[Tensor | None] = [top]
+        whole = top
+        for step in steps:
+            by_length = step.longer(by_length)
+            if max_length is not None:
+                whole = _sum(step.skip(whole), step.branch(whole))
+                by_length = by_length[: max_length + 1]
         if max_length is not None:
-            whole = _sum(vjps[bit](whole) for bit in _bits(unit))
-            by_length = by_length[: max_length + 1]
-    if max_length is not None:
-        by_length.append(_sum((whole, *(-g for g in by_length if g is not None))))
-    zero = torch.zeros_like(states[0])
-    stacked = torch.stack([zero if g is None else g for g in by_length])
-    return stacked if at == "stem" else _to_pixels(chain, x, stacked)
+            by_length.append(_sum(whole, *(-g for g in by_length if g is not None)))
+        zero = torch.zeros_like(next(g for g in by_length if g is not None))
+        stacked = torch.stack([zero if g is None else g for g in by_length])
+        return stacked if at == "stem" else _to_pixels(chain, x if y is None else (x, y), stacked)
 
 
 def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
@@ -144,28 +165,120 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
 
     Returns:
         One row a length, with ``length``, ``norm`` ‖G_k‖, ``share`` ⟨g, G_k⟩ / ‖g‖² with g = Σ G_k, so that shares sum
-        to 1; with ``per_sample`` also ``sample``.
+        to 1, and are NaN where g is 0; with ``per_sample`` also ``sample``.
+
+    Raises:
+        TypeError, ValueError: ``gradients`` is no tensor, has fewer than two dimensions, or holds NaN.
     """
-    flat = _double(gradients).flatten(2) if per_sample else _double(gradients).flatten(1)[:, None]
+    if not isinstance(gradients, Tensor):
+        raise TypeError(f"gradients is a {type(gradients).__name__}: expected the tensor from gradient_by_length")
+    if gradients.dim() < 2 or not gradients.numel() or gradients.isnan().any():
+        shape = tuple(gradients.shape)
+        raise ValueError(f"gradients has shape {shape}, or holds NaN: expected (n + 1, B, …) from gradient_by_length")
+    flat = _double(gradients)
+    flat = flat.reshape(*flat.shape[:2], -1) if per_sample else flat.flatten(1)[:, None]
     whole = flat.sum(0)
     norm = flat.norm(dim=-1)
-    share = (flat * whole).sum(-1) / (whole**2).sum(-1)
     lengths, samples = norm.shape
-    table = pd.DataFrame(
-        {
-            "sample": np.tile(np.arange(samples), lengths),
-            "length": np.repeat(np.arange(lengths), samples),
-            "norm": norm.numpy().ravel(),
-            "share": share.numpy().ravel(),
-        }
-    )
-    return table if per_sample else table.drop(columns="sample")
+    columns = {
+        "sample": np.tile(np.arange(samples), lengths),
+        "length": np.repeat(np.arange(lengths), samples),
+        "norm": norm.numpy().ravel(),
+        "share": ((flat * whole).sum(-1) / (whole**2).sum(-1)).numpy().ravel(),
+    }
+    return pd.DataFrame(columns).drop(columns=[] if per_sample else "sample")
 
 
+@torch.inference_mode(False)
+def weight_spectrum(
+    chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy, *, batch_statistics: bool = False
+) -> pd.DataFrame:
+    """Return norms and signed shares of the gradient at the weights, which an update follows, by the paths' length.
+
+    A path to a weight of branch i runs from the loss down to the sum of unit i and into that branch, which counts, so
+    that with G_k at y_i as in `gradient_by_length` the paths of length k + 1 bring W_{i,k+1} = (∂f_i/∂θ_i)^T G_k. Their
+    sum over k is the ordinary gradient at θ_i, exactly. Weights of stem, skips and head are left out. It takes
+    n(n + 1) / 2 backward passes through branches more than `gradient_by_length`.
+
+    Args:
+        chain, x, y, loss, batch_statistics: as in `gradient_by_length`. Branches share no weights with each other.
+
+    Returns:
+        One row for each unit and length there is, with ``unit``, ``length`` (1 to n), ``norm`` ‖W_{i,k}‖, ``share``
+        ⟨W_i, W_{i,k}⟩ / Σ_j ‖W_j‖² with W_i = Σ_k W_{i,k}; shares sum to 1 over the whole table, and for all weights
+        together the share of a length is the sum over its rows, its norm the root of the sum of squares.
+
+    Raises:
+        ValueError: no branch has weights, or two share some.
+    """
+    branches = [unit.branch for unit in check_chain(chain).units if unit.branch is not None]
+    weights = [id(weight) for branch in branches for weight in branch.parameters()]
+    if not weights or len(set(weights)) < len(weights):
+        reason = (
+            "two branches share weights, which lie on several paths at once" if weights else "no branch has weights"
+        )
+        raise ValueError(f"{reason}: the gradient at the weights cannot be split by unit")
+    rows = []
+    with _as_found(chain, True) if batch_statistics else nullcontext():
+        top, steps = _descent(chain, x, y, loss, batch_statistics)
+        by_length: list[Tensor | None] = [top]
+        for unit, step in zip(reversed(range(len(chain))), steps, strict=True):
+            here = () if chain.units[unit].is_deleted else by_length
+            parts = {k: _double(step.weights(g)) for k, g in enumerate(here, 1) if g is not None}
+            whole = sum(parts.values())
+            for k, part in parts.items():
+                rows.append({"unit": unit, "length": k, "norm": part.norm().item(), "share": (part @ whole).item()})
+            by_length = step.longer(by_length)
+    table = pd.DataFrame(rows).sort_values(["unit", "length"], ignore_index=True)
+    table["share"] /= table["share"].sum()
+    return table
+
+
+@torch.inference_mode(False)
+def canonical_split(chain: Chain, x: Any, samples: int = 16, seed: int = 0) -> pd.DataFrame:
+    """Estimate how much of the identity lies in every branch: c_i = 1 + tr J_i / d, with J_i the branch's d×d Jacobian.
+
+    Since y + f = c·y + [f + (1 - c)·y], how the gradient divides into paths depends on what is called the branch. With
+    c_i the Jacobian of the rest is free of trace, on average over the images: ``chain.split(table["c"])`` is the same
+    function by that split. Hutchinson's estimator with Rademacher probes v, E v^T J v = tr J, takes one vector-Jacobian
+    product of every branch for each sample.
+
+    Args:
+        chain: the network, in eval mode.
+        x: as in `gradient_norms`; labels beside it are left alone.
+        samples: probes, at least 2.
+        seed: of the probes.
+
+    Returns:
+        One row a unit, with ``unit``, ``name``, ``c``, its ``standard_error`` over the probes for these images. Both
+        are NaN where there is no such split: in a deleted or plain unit, or one whose skip is not the identity.
+
+    Raises:
+        ValueError: fewer than 2 samples.
+    """
+    check_number(2, samples=samples)
+    random = torch.Generator().manual_seed(check_number(seed=seed))
+    states = _states(chain, inputs_of(check_chain(chain), x))
+    table = pd.DataFrame({"unit": range(len(chain)), "name": [unit.name for unit in chain.units]})
+    table[["c", "standard_error"]] = math.nan
+    for i, (unit, y) in enumerate(zip(chain.units, states, strict=False)):
+        if unit.branch is not None and unit.residual and unit.has_identity_skip:
+            y = y.detach().requires_grad_()
+            f = unit.branch(y)
+            traces = []
+            for _ in range(samples):
+                v = (2.0 * torch.randint(2, y.shape, generator=random) - 1).to(y)
+                traces.append((_double(v) * _double(grad(f, y, v, retain_graph=True)[0])).sum().item() / y.numel())
+            table.loc[i, ["c", "standard_error"]] = 1 + np.mean(traces), np.std(traces, ddof=1) / math.sqrt(samples)
+    return table
+
+
+@torch.inference_mode(False)
 def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy) -> Tensor:
     """Return every image's mean path length Σ k ⟨g, G_k⟩ / ‖g‖², weighted by the signed shares of the gradient at y_0.
 
-    With G(t) = Σ t^k G_k it is ⟨g, dG/dt⟩ / ‖g‖² at t = 1, and the derivative follows from two vector-Jacobian products
+    With G(t) = Σ t^k G_k it is ⟨g, dG/dt⟩ / ‖g‖² = d log ‖G(t)‖ / d log t at t = 1: the elasticity of the gradient's
+    norm to a common gain of all branches, states held fixed. The derivative follows from two vector-Jacobian products
     of every branch.
 
     Args:
@@ -173,29 +286,20 @@ def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy)
         x, y, loss: as in `gradient_norms`.
 
     Returns:
-        Lengths ``(B,)``. For a whole batch, average them with weights ‖g‖².
-
-    Raises:
-        ValueError: the chain is in training mode, or the loss is no scalar.
+        Lengths ``(B,)``, NaN where an image has no gradient. For a whole batch, average them with weights ‖g‖².
     """
-    states, g = _states_and_top_gradient(chain, x, y, loss)
+    g, steps = _descent(chain, x, y, loss)
     derivative = torch.zeros_like(g)
-    for unit, vjps in _backwards(chain, states):
-        bits = _bits(unit)
-        derivative = _sum([vjps[bit](derivative) for bit in bits] + [vjps[1](g) for bit in bits if bit])
-        g = _sum(vjps[bit](g) for bit in bits)
+    for step in steps:
+        taken = step.branch(g)
+        g, derivative = _sum(step.skip(g), taken), _sum(step.skip(derivative), step.branch(derivative), taken)
     g, derivative = _double(g).flatten(1), _double(derivative).flatten(1)
     return (g * derivative).sum(1) / (g**2).sum(1)
 
 
+@torch.inference_mode(False)
 def sample_path_gradients(
-    chain: Chain,
-    x: Any,
-    y: Any,
-    lengths: Iterable[int],
-    samples: int,
-    seed: int = 0,
-    loss: Loss = cross_entropy,
+    chain: Chain, x: Any, y: Any, lengths: Iterable[int], samples: int, seed: int = 0, loss: Loss = cross_entropy
 ) -> pd.DataFrame:
     """Measure the gradient along random single paths, as section 5 and figure 6b of Veit et al. (2016).
 
@@ -213,33 +317,29 @@ def sample_path_gradients(
         One row a path, with ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
 
     Raises:
-        ValueError: there is no path of such a length, there are no samples, the chain is in training mode, or the loss
-            is no scalar.
+        ValueError: there is no path of such a length, or there are no samples.
     """
-    check_positive(samples=samples)
-    ways = [_bits(unit) for unit in chain.units]
-    free = [i for i, bits in enumerate(ways) if len(bits) == 2]
-    always = [i for i, bits in enumerate(ways) if bits == (1,)]
-    lengths = list(lengths)
+    check_number(1, samples=samples)
+    free, always = _choices(check_chain(chain))
+    lengths = [check_number(lengths=k) for k in listed(lengths=lengths)]
+    shortest, longest = len(always), len(always) + len(free)
     for k in lengths:
-        if not len(always) <= k <= len(always) + len(free):
-            raise ValueError(
-                f"no path has length {k}: this chain's have lengths {len(always)} to {len(always) + len(free)}"
-            )
-    states, top = _states_and_top_gradient(chain, x, y, loss)
-    vjps = [pair for _, pair in _backwards(chain, states)][::-1]
-    random = np.random.default_rng(seed)
+        if not shortest <= k <= longest:
+            raise ValueError(f"no path has length {k}: this chain's have lengths {shortest} to {longest}")
+    random = np.random.default_rng(check_number(seed=seed))
+    top, descent = _descent(chain, x, y, loss)
+    steps = list(zip(reversed(range(len(chain))), descent, strict=True))
     rows = []
-    for k in lengths:
-        for sample in range(samples):
-            taken = {*always, *random.choice(free, k - len(always), replace=False).tolist()}
-            g = top
-            for i in reversed(range(len(chain))):
-                g = vjps[i][i in taken](g)
-            rows.append({"length": k, "sample": sample, "norm": _double(g).norm().item()})
+    for k, sample in product(lengths, range(samples)):
+        taken = {*always, *random.choice(free, k - shortest, replace=False).tolist()}
+        g: Any = top
+        for i, step in steps:
+            g = step.ways[i in taken](g)
+        rows.append({"length": k, "sample": sample, "norm": _double(g).norm().item()})
     return pd.DataFrame(rows)
 
 
+@torch.inference_mode(False)
 def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: Loss = cross_entropy) -> pd.DataFrame:
     """Estimate Σ ‖g_path‖² over all paths of every length at once, by random signs.
 
@@ -257,43 +357,38 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
         many there are; ``rms_norm``, the root mean square of ‖g_path‖.
 
     Raises:
-        ValueError: fewer than 2 repeats, the chain is in training mode, or the loss is no scalar.
+        ValueError: fewer than 2 repeats.
     """
-    if repeats < 2:
-        raise ValueError(f"{repeats} repeats give no standard error: use at least 2")
-    states, top = _states_and_top_gradient(chain, x, y, loss)
-    units = list(_backwards(chain, states))
-    generator = torch.Generator().manual_seed(seed)
+    if check_number(1, repeats=repeats) == 1:
+        raise ValueError("1 repeats give no standard error: use at least 2")
+    generator = torch.Generator().manual_seed(check_number(seed=seed))
+    top, descent = _descent(chain, x, y, loss)
+    steps = list(descent)
     squares = np.zeros((repeats, len(chain) + 1))
     for repeat in range(repeats):
         by_length: list[Tensor | None] = [top]
-        for unit, vjps in units:
+        for step in steps:
             signs = 2.0 * torch.randint(2, (len(top),), generator=generator) - 1
-            by_length = _one_longer(unit, vjps, by_length, signs)
+            signed = [None if g is None else g * signs.to(g).view(-1, *[1] * (g.dim() - 1)) for g in by_length]
+            by_length = step.longer(by_length, signed)
         squares[repeat] = [0.0 if g is None else (_double(g) ** 2).sum().item() for g in by_length]
-    free = sum(len(_bits(unit)) == 2 for unit in chain.units)
-    always = sum(_bits(unit) == (1,) for unit in chain.units)
+    free, always = map(len, _choices(chain))
     paths = [math.comb(free, k - always) if k >= always else 0 for k in range(len(chain) + 1)]
-    total = squares.mean(0)
-    return pd.DataFrame(
-        {
-            "length": range(len(chain) + 1),
-            "sum_of_squares": total,
-            "standard_error": squares.std(0, ddof=1) / math.sqrt(repeats),
-            "paths": paths,
-            "rms_norm": [math.sqrt(s / c) if c else 0.0 for s, c in zip(total, paths, strict=True)],
-        }
-    )
+    table = pd.DataFrame({"length": range(len(chain) + 1), "sum_of_squares": squares.mean(0)})
+    table["standard_error"] = squares.std(0, ddof=1) / math.sqrt(repeats)
+    table["paths"] = paths
+    table["rms_norm"] = [math.sqrt(s / c) if c else 0.0 for s, c in zip(table["sum_of_squares"], paths, strict=True)]
+    return table
 
 
 def count(n: int) -> int:
     """Return the number of paths through n residual units, 2^n."""
-    return 2**n
+    return 2 ** check_number(n=n)
 
 
 def length_distribution(n: int) -> pd.DataFrame:
     """Return how many of the 2^n paths have each length: ``length``, ``paths`` C(n, k) and ``share``, exactly."""
-    paths = [math.comb(n, k) for k in range(n + 1)]
+    paths = [math.comb(n, k) for k in range(check_number(n=n) + 1)]
     return pd.DataFrame({"length": range(n + 1), "paths": paths, "share": [p / 2**n for p in paths]})
 
 
@@ -305,47 +400,104 @@ def surviving(n: int, d: int) -> pd.DataFrame:
     Raises:
         ValueError: there are fewer than d units.
     """
-    if not 0 <= d <= n:
+    if check_number(d=d) > check_number(n=n):
         raise ValueError(f"cannot delete {d} of {n} units")
     share = [math.comb(n - d, k) / math.comb(n, k) for k in range(n + 1)]
     return pd.DataFrame({"length": range(n + 1), "share": share})
 
 
-def _bits(unit: Unit) -> tuple[int, ...]:
-    """Return which ways lead through a unit: 0 the skip, 1 the branch."""
-    return (0,) if unit.is_deleted else (0, 1) if unit.residual else (1,)
+class _Step:
+    """One unit at its true state, and its vector-Jacobian products, which give None where no way or gradient leads."""
+
+    def __init__(self, unit: Unit, state: Tensor) -> None:
+        self.unit, self.state = unit, state.detach().requires_grad_()
+        self.f = None if unit.branch is None else unit.branch(self.state)
+        self.s = unit.skip(self.state) if self.f is None or unit.residual else None  # a plain unit's is for deletion
+        self.total = _sum(self.s, self.f).detach().requires_grad_()
+        self.after = unit.post(self.total)
+        self.skip, self.branch = self.ways = tuple(functools.partial(self._through, part) for part in (self.s, self.f))
+
+    def longer(self, kept: list[Tensor | None], taken: list[Tensor | None] | None = None) -> list[Tensor | None]:
+        """Take gradients by path length down: ``kept`` through the skip, ``taken``, the same when None, the branch."""
+        pairs = zip([*kept, None], [None, *(kept if taken is None else taken)], strict=True)
+        return [_sum(self.skip(s), self.branch(t)) for s, t in pairs]
+
+    def weights(self, g: Tensor) -> Tensor:
+        """Return the gradient at the branch's weights, in one vector, empty where there are none."""
+        given, f = self._weighted
+        through = grad(f, given, self._before_post(g), retain_graph=True, materialize_grads=True) if given else ()
+        return torch.cat([g.new_zeros(0), *(part.flatten() for part in through)])
+
+    @functools.cached_property
+    def _weighted(self) -> tuple[list[Tensor], Tensor]:
+        """The branch's weights, as copies that need a gradient even where they are frozen, and its output from them."""
+        branch = cast("nn.Module", self.unit.branch)
+        weights = {name: p.detach() for name, p in branch.named_parameters() if p.is_floating_point()}
+        given = {name: p.requires_grad_() for name, p in weights.items()}
+        return list(given.values()), functional_call(branch, given, (self.state,))
+
+    def _before_post(self, g: Tensor) -> Tensor:
+        identity = isinstance(self.unit.post, nn.Identity)
+        return g if identity else grad(self.after, self.total, g, retain_graph=True)[0]
+
+    def _through(self, part: Tensor | None, g: Tensor | None) -> Tensor | None:
+        if part is None or g is None:
+            return None
+        g = self._before_post(g)
+        return g if part is self.state else grad(part, self.state, g, retain_graph=True)[0]
 
 
-Ways = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+def _descent(
+    chain: Chain, x: Any, y: Any, loss: Loss, batch_statistics: bool = False
+) -> tuple[Tensor, Iterator[_Step]]:
+    """Return the gradient at y_n, and the steps from there down to y_0, each made when it is asked for."""
+    x, y = _inputs(chain, x, y, loss)
+    states = _states(chain, x, batch_statistics)
+    with _nothing_random(device_of(chain)), named_failure(x):
+        last = states[-1].detach().requires_grad_()  # not in place: it may be the caller's x
+        logits = chain.head(last)
+    top = grad(_scalar(loss, logits, y), last)[0]
+    return top, (_Step(*pair) for pair in zip(reversed(chain.units), reversed(states[:-1]), strict=True))
 
 
-def _backwards(chain: Chain, states: list[Tensor]) -> Iterator[tuple[Unit, Ways]]:
-    """Yield the units from the last to the first, each with its vector-Jacobian products through skip and branch."""
-    for unit, state in zip(reversed(chain.units), reversed(states[:-1]), strict=True):
-        yield unit, _vjps(unit, state)
+def _states(chain: Chain, x: Any, batch_statistics: bool = False) -> list[Tensor]:
+    """Return y_0 … y_n for inputs on the chain's device, or raise ValueError where the chain is not in eval mode."""
+    if not batch_statistics and any(isinstance(m, _BatchNorm) and m.training for m in chain.modules()):
+        raise ValueError("batch norm is in training mode, which ties the images of a batch: call chain.eval() first")
+    with _nothing_random(device_of(chain)), named_failure(x), torch.no_grad():
+        return chain.trace(x)
 
 
-def _one_longer(
-    unit: Unit, vjps: Ways, by_length: list[Tensor | None], signs: Tensor | None = None
-) -> list[Tensor | None]:
-    """Take gradients by path length one unit down; each image's part through the branch times its sign, ``(B,)``."""
-    bits = _bits(unit)
-    skipped = [vjps[0](g) if 0 in bits and g is not None else None for g in by_length]
-    taken = [vjps[1](g) if 1 in bits and g is not None else None for g in by_length]
-    if signs is not None:
-        taken = [None if g is None else g * signs.to(g).view(-1, *[1] * (g.dim() - 1)) for g in taken]
-    return [_sum((s, t)) for s, t in zip([*skipped, None], [None, *taken], strict=True)]
+def _inputs(chain: Chain, x: Any, y: Any, loss: Loss) -> tuple[Any, Any]:
+    """Return inputs and labels on the chain's device; the labels from a dict where there are none beside it."""
+    if not callable(loss):
+        raise TypeError(f"loss is a {type(loss).__name__}: expected a function of logits and labels")
+    return inputs_and_labels(check_chain(chain), x if y is None else (x, y))
 
 
-def _sum(terms: Iterable[Any]) -> Any:
+def _scalar(loss: Loss, logits: Tensor, y: Any) -> Tensor:
+    value = loss(logits, y)
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise TypeError(
+            f"the loss is a {type(value).__name__} without a gradient: compute it from the logits, in torch"
+        )
+    if value.numel() != 1:
+        raise ValueError(f"the loss must be a scalar, but has shape {tuple(value.shape)}: average or sum it")
+    if value.isnan():
+        raise ValueError("the loss is NaN: look for NaN in the network's weights, or for logits that overflow")
+    return value
+
+
+def _choices(chain: Chain) -> tuple[list[int], list[int]]:
+    """Return the units that a path can skip or enter, and those that it must enter."""
+    there = [(i, unit.residual) for i, unit in enumerate(chain.units) if not unit.is_deleted]
+    return [i for i, residual in there if residual], [i for i, residual in there if not residual]
+
+
+def _sum(*terms: Any) -> Any:
     """Add the terms that there are; None where there is none."""
     there = [term for term in terms if term is not None]
     return functools.reduce(torch.add, there) if there else None
-
-
-def _inputs(chain: Chain, x: Any, y: Any) -> tuple[Any, Any]:
-    """Return inputs and labels on the chain's device; the labels from a dict where there are none beside it."""
-    return inputs_and_labels(chain, x if y is None else (x, y))
 
 
 def _double(x: Tensor) -> Tensor:
@@ -353,8 +505,8 @@ def _double(x: Tensor) -> Tensor:
     return x.detach().cpu().double()
 
 
-def _to_pixels(chain: Chain, x: Any, gradients: Tensor) -> Tensor:
-    x = move(x, chain)
+def _to_pixels(chain: Chain, batch: Any, gradients: Tensor) -> Tensor:
+    x = inputs_of(chain, batch)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError('the input holds no numbers to take a gradient at: use at="stem", the first unit\'s input')
     x = x.detach().requires_grad_()
@@ -364,23 +516,21 @@ def _to_pixels(chain: Chain, x: Any, gradients: Tensor) -> Tensor:
     return torch.stack([grad(y_0, x, g, retain_graph=True)[0] for g in gradients])
 
 
-def _scalar(value: Tensor) -> Tensor:
-    if value.numel() != 1:
-        raise ValueError(f"the loss must be a scalar, but has shape {tuple(value.shape)}: average or sum it")
-    return value
-
-
-def _states_and_top_gradient(chain: Chain, x: Tensor, y: Tensor, loss: Loss) -> tuple[list[Tensor], Tensor]:
-    """Return y_0 … y_n, detached, and the gradient of the loss at y_n."""
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in chain.modules()):
-        raise ValueError("batch norm is in training mode, which ties the images of a batch: call chain.eval() first")
-    x, y = _inputs(chain, x, y)
-    with _nothing_random(device_of(chain)):
+@contextmanager
+def _as_found(chain: Chain, batch_statistics: bool = False) -> Iterator[None]:
+    """Give buffers and modes back after a ``with`` block, where batch norm may have to take the batch's statistics."""
+    modes = [(norm, norm.training) for norm in chain.modules() if isinstance(norm, _BatchNorm)]
+    buffers = [(buffer, buffer.clone()) for buffer in chain.buffers()]
+    try:
+        for norm, training in modes:
+            norm.training = training or batch_statistics
+        yield
+    finally:
+        for norm, training in modes:
+            norm.training = training
         with torch.no_grad():
-            states = chain.trace(x)
-        last = states[-1].detach().requires_grad_()  # not in place: it may be the caller's x
-        logits = chain.head(last)
-    return states, grad(_scalar(loss(logits, y)), last)[0]
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 @contextmanager
@@ -400,25 +550,3 @@ def _nothing_random(device: torch.device) -> Iterator[None]:
             "the network draws random numbers, as dropout and stochastic depth do in training mode, in which no two "
             "passes are the same: call chain.eval() first"
         )
-
-
-def _vjps(unit: Unit, state: Tensor) -> Ways:
-    """Return the maps g → S^T g and g → J^T g of a unit at ``state``, its ``post`` included."""
-    state = state.detach().requires_grad_()
-    branch = unit.branch(state) if unit.branch is not None else None
-    skip = unit.skip(state) if branch is None or unit.residual else None  # a plain unit's is for its deletion
-    total = skip if branch is None else branch if skip is None else skip + branch
-    assert total is not None
-    total = total.detach().requires_grad_()
-    after = unit.post(total)
-
-    def through(part: Tensor | None) -> Callable[[Tensor], Tensor]:
-        def vjp(g: Tensor) -> Tensor:
-            assert part is not None, "no way leads through a deleted branch or a plain unit's skip"
-            if not isinstance(unit.post, nn.Identity):
-                (g,) = grad(after, total, g, retain_graph=True)
-            return g if part is state else grad(part, state, g, retain_graph=True)[0]
-
-        return vjp
-
-    return through(skip), through(branch)

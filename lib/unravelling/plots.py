@@ -1,7 +1,8 @@
 """One function for each kind of figure: a table goes in, the Axes come out. Nothing is read, computed or said here.
 
 Needs the optional matplotlib and seaborn. Figures are at most 6.4 inches wide with type of 11 points, so that they can
-be read on a telephone, and have a white background, so that they can be read in dark mode.
+be read on a telephone, and have a white background, so that they can be read in dark mode. Functions draw on ``ax``,
+or on new axes when it is None.
 """
 
 from __future__ import annotations
@@ -24,36 +25,32 @@ from .stored import intact_error
 from .wording import about, network_label
 
 WIDTH = 6.4  # inches
-_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _BROWN, _PINK, _GREY, *_ = sns.color_palette("colorblind")
+_BLUE, _ORANGE, _GREEN, _, _, _, _, _GREY, *_ = sns.color_palette("colorblind")
 FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
 
 
 def use_style() -> None:
     """Set matplotlib's defaults for the book's figures."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
-    plt.rcParams.update(
-        {
-            "figure.figsize": (WIDTH, 3.8),
-            "figure.dpi": 130,
-            "figure.facecolor": "white",
-            "savefig.facecolor": "white",
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 11,
-            "axes.labelsize": 11.5,
-            "axes.titlesize": 12,
-            "xtick.labelsize": 11,
-            "ytick.labelsize": 11,
-            "legend.fontsize": 11,
-            "legend.frameon": False,
-        }
-    )
+    plt.rcParams.update({"figure.figsize": (WIDTH, 3.8), "figure.dpi": 130, "figure.constrained_layout.use": True})
+    plt.rcParams.update({"axes.labelsize": 11.5, "axes.titlesize": 12})
+    plt.rcParams.update(dict.fromkeys(("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 11))
+    plt.rcParams.update(dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False))
+    plt.rcParams.update(dict.fromkeys(("figure.facecolor", "savefig.facecolor"), "white"))
 
 
 def family_color(network: str) -> tuple[float, float, float]:
     """Return the colour that a network's family has in every figure."""
     return next((color for family, color in FAMILIES.items() if network.startswith(family)), _GREY)
+
+
+def _axes(ax: Axes | None, height: float | None = None) -> Axes:
+    return ax or plt.subplots(figsize=None if height is None else (WIDTH, height))[1]
+
+
+def _band(ax: Axes, lines: pd.DataFrame, color: Any, alpha: float) -> None:
+    """Fill the space between the first and the last column."""
+    ax.fill_between(lines.index, lines.iloc[:, 0], lines.iloc[:, -1], color=color, alpha=alpha, lw=0)
 
 
 def seed_lines(
@@ -64,30 +61,27 @@ def seed_lines(
 
     Args:
         table: one row for each seed and ``x``.
-        x: column of the horizontal axis.
-        value: column to average.
-        ax: where to draw; new axes when None.
+        x, value: columns of the horizontal axis and of what is averaged.
         scale: factor on the values, such as 100 for per cent.
         log: average the logarithms, which gives the geometric mean, on a logarithmic axis; zeros are left out.
         style: passed to ``Axes.plot``, such as ``label`` and ``color``.
     """
-    ax = ax or plt.subplots()[1]
+    ax = _axes(ax)
     if log:
         table = table[table[value] > 0].assign(**{value: lambda t: np.log(t[value])})
         ax.set_yscale("log")
     band = seed_band(table, x, value).sort_values(x).set_index(x)[["low", "mean", "high"]]
     band = scale * (np.exp(band) if log else band)
     (line,) = ax.plot(band["mean"], **style)
-    ax.fill_between(band.index, band["low"], band["high"], color=line.get_color(), alpha=0.25, lw=0)
+    _band(ax, band, line.get_color(), 0.25)
     return ax
 
 
 def levels(ax: Axes, *, intact: float | None = None, chance: float | None = None, color: object = _BLUE) -> Axes:
     """Draw the errors, in per cent, of the intact network as a dashed and of guessing as a dotted line."""
-    if intact is not None:
-        ax.axhline(100 * intact, color=color, ls="--", lw=1, zorder=1)
-    if chance is not None:
-        ax.axhline(100 * chance, color="0.4", ls=":", lw=1, zorder=1)
+    for error, style in ((intact, {"color": color, "ls": "--"}), (chance, {"color": "0.4", "ls": ":"})):
+        if error is not None:
+            ax.axhline(100 * error, lw=1, zorder=1, **style)
     return ax
 
 
@@ -99,42 +93,32 @@ def not_measured(ax: Axes) -> Axes:
 
 
 def side_by_side(
-    draw: Callable[[pd.DataFrame, Axes], object],
-    tables: Mapping[str, pd.DataFrame],
-    *,
-    rows: Sequence[str] = (),
-    height: float = 3.6,
-    sharey: bool = True,
-    legend: int = 0,
+    draw: Callable[[pd.DataFrame, Axes], object], tables: Mapping[str, pd.DataFrame], *, rows: Sequence[str] = (),
+    height: float = 3.6, legend: int = 0,
 ) -> Figure:
-    """Draw the same quantity for several data sets, one column each, whose title says images, recipe and seeds.
-
-    A panel for which nothing is stored says so and stays empty.
+    """Draw a quantity for several data sets, a column each, under images, recipe and seeds; or say that there is none.
 
     Args:
         draw: draws a table on the axes that it is given.
         tables: of `unravelling.stored.both`.
         rows: networks that get a row of panels each; all in one row when empty.
         height: of a row, in inches.
-        sharey: as in ``plt.subplots``.
         legend: columns of one legend for all panels, below them; none when 0.
     """
-    networks: Sequence[str | None] = rows or [None]
-    size = (WIDTH, height * len(networks))
-    fig, axes = plt.subplots(len(networks), len(tables), figsize=size, squeeze=False, sharey=sharey)
-    for line, network in zip(axes, networks, strict=True):
-        for ax, (dataset, table) in zip(line, tables.items(), strict=True):
-            chosen = table if network is None else table[table["network"].isin([network, f"{network}-narrow"])]
-            if chosen.empty:
-                not_measured(ax)
-            else:
-                draw(chosen, ax)
-            title = about(dataset, chosen).replace(", ", "\n", 1)
-            if network is not None:
-                title = f"{network_label(network if chosen.empty else chosen['network'].iloc[0])}\n{title}"
-            ax.set_title(title, loc="left", fontsize=10.5)
-            if ax is not line[0]:
-                ax.set_ylabel("")
+    shape = (max(len(rows), 1), len(tables))
+    fig, axes = plt.subplots(*shape, figsize=(WIDTH, height * shape[0]), squeeze=False, sharey=True)
+    for (line, network), (column, (dataset, table)) in product(enumerate(rows or [""]), enumerate(tables.items())):
+        ax = axes[line, column]
+        chosen = table[table["network"].isin([network, f"{network}-narrow"])] if network else table
+        if chosen.empty:
+            not_measured(ax)
+        else:
+            draw(chosen, ax)
+        title = about(dataset, chosen).replace(", ", "\n", 1)
+        name = network_label(network if chosen.empty else chosen["network"].iloc[0])
+        ax.set_title(f"{name}\n{title}" if network else title, loc="left", fontsize=10.5)
+        if column:
+            ax.set_ylabel("")
     if legend:
         found = (ax.get_legend_handles_labels() for ax in axes.flat)
         entries: tuple[list, list] = next((entry for entry in found if entry[0]), ([], []))
@@ -147,18 +131,15 @@ def single_deletions(
 ) -> Axes:
     """Draw what each single deletion does, as figure 3 of Veit et al. (2016), with intervals.
 
-    Transition units are hollow diamonds, thin vertical lines begin the stages, and beside errors the intact network's
-    is a dashed line.
+    Transition units are hollow diamonds, and beside errors there are the `levels`.
 
     Args:
-        table: of `unravelling.lesion.delete_each`; where it has a column ``seed``, the seeds' mean and range are drawn,
-            otherwise the interval of the one network.
+        table: of `unravelling.lesion.delete_each`; where it has several seeds, their mean and range are drawn.
         value: what to draw: ``"error"``, ``"delta_error"`` or ``"delta_loss"``.
-        chance: error of guessing, drawn as a dotted line.
-        ax: where to draw; new axes when None.
+        chance: as in `levels`.
         color: of the points; that of the network's family when None.
     """
-    ax = ax or plt.subplots()[1]
+    ax = _axes(ax)
     color = color or (family_color(table["network"].iloc[0]) if "network" in table else _BLUE)
     scale = 1 if value.endswith("loss") else 100
     rows = table.rename(columns={value: "middle", f"{value}_low": "low", f"{value}_high": "high"})
@@ -166,10 +147,9 @@ def single_deletions(
         seeds = table.groupby(["unit", "is_transition"], as_index=False)[value]
         rows = seeds.agg(middle="mean", low="min", high="max")
     ax.vlines(rows["unit"], scale * rows["low"], scale * rows["high"], color=color, alpha=0.5, lw=2)
-    for transition, marker in ((False, "o"), (True, "D")):
+    for transition, style in ((False, {"marker": "o", "mfc": color, "ms": 4}), (True, {"marker": "D", "mfc": "white"})):
         some = rows[rows["is_transition"] == transition]
-        style = {"mfc": "white", "ms": 6} if transition else {"mfc": color, "ms": 4}
-        ax.plot(some["unit"], scale * some["middle"], marker, color=color, clip_on=False, zorder=3, **style)
+        ax.plot(some["unit"], scale * some["middle"], color=color, ls="", clip_on=False, zorder=3, **style)
     levels(ax, intact=intact_error(table) if value == "error" else None, chance=chance, color=color)
     stage_boundaries(ax, table)
     labels = {"error": "test error (%)", "delta_error": "Δ error (points)", "delta_loss": "Δ loss (nats)"}
@@ -187,18 +167,23 @@ def quantile_fan(
 
     Args:
         table: one row for each draw.
-        x: column of the horizontal axis, such as the number of deleted units.
-        value: column whose distribution is drawn.
-        ax: where to draw; new axes when None.
-        scale: factor on the values, such as 100 for per cent.
+        x, value, scale: as in `seed_lines`.
         color: of line and bands.
         label: for the legend.
     """
-    ax = ax or plt.subplots()[1]
+    ax = _axes(ax)
     q = scale * table.groupby(x)[value].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
-    ax.fill_between(q.index, q[0.05], q[0.95], color=color, alpha=0.15, lw=0)
-    ax.fill_between(q.index, q[0.25], q[0.75], color=color, alpha=0.3, lw=0)
+    _band(ax, q, color, 0.15)
+    _band(ax, q[[0.25, 0.75]], color, 0.3)
     ax.plot(q.index, q[0.5], "o-", color=color, ms=4, label=label)
+    return ax
+
+
+def stage_boundaries(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Mark with thin vertical lines where the stages of a table of `unravelling.lesion.delete_each` begin."""
+    for unit in table.groupby("stage")["unit"].min().to_numpy()[1:]:
+        ax.axvline(unit - 0.5, color="0.8", lw=1, zorder=0)
+    ax.set_xlim(-1, np.max(table["unit"]) + 1)
     return ax
 
 
@@ -209,11 +194,10 @@ def chain_diagram(n: int = 3, *, off: Iterable[int] = (), residual: bool = True,
         n: number of units, numbered from 1 as in the paper's equations.
         off: units whose branch is switched off; without skips nothing passes them.
         residual: whether there are skips.
-        ax: where to draw; new axes when None.
     """
-    ax = ax or plt.subplots(figsize=(WIDTH, 1.6))[1]
-    off = set(off)
-    ax.text(-0.15, 0, "$y_0$", ha="right", va="center", fontsize=13)
+    ax, off = _axes(ax, 1.6), set(off)
+    middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 13}
+    ax.text(-0.15, 0, "$y_0$", **middle | {"ha": "right"})
     cut = False  # in a plain chain nothing arrives behind the first unit that is off
     for i in range(1, n + 1):
         left = 2 * (i - 1)
@@ -226,13 +210,13 @@ def chain_diagram(n: int = 3, *, off: Iterable[int] = (), residual: bool = True,
             a, b, top, r = left + 0.2, left + 1.72, 0.62, 0.15  # up, across with rounded corners, and down to the sum
             line = [(a, 0), (a, top - r), (a, top), (a + r, top), (b - r, top), (b, top), (b, top - r), (b, 0.17)]
             codes = [Path.MOVETO, Path.LINETO, *[Path.CURVE3] * 2, Path.LINETO, *[Path.CURVE3] * 2, Path.LINETO]
-            skip = FancyArrowPatch(path=Path(line, codes), arrowstyle="-|>", mutation_scale=11, color=_BLUE, lw=2)
-            ax.add_patch(skip)
+            style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 11, "color": _BLUE, "lw": 2}
+            ax.add_patch(FancyArrowPatch(path=Path(line, codes), **style))
             _arrow(ax, (left + 1.2, 0), (b - 0.14, 0), dead)
-            ax.text(b, 0, "+", ha="center", va="center", fontsize=13, bbox=_circle())
+            ax.text(b, 0, "+", bbox={"boxstyle": "circle,pad=0.12", "fc": "white", "ec": "black", "lw": 1.2}, **middle)
         out = [left + (1.86 if residual else 1.18), left + 2]
         ax.plot(out, [0, 0], color="0.75" if cut else "black", ls=":" if cut else "-", lw=1.3)
-        ax.text(left + 1.95, -0.42, f"$y_{i}$", ha="center", va="center", fontsize=13)
+        ax.text(left + 1.95, -0.42, f"$y_{i}$", **middle)
     _arrow(ax, (2 * n, 0), (2 * n + 0.3, 0), cut)
     ax.set(xlim=(-0.6, 2 * n + 0.4), ylim=(-0.6, 0.75), aspect="equal")
     ax.axis("off")
@@ -245,55 +229,33 @@ def unravelled_diagram(n: int = 3, *, off: Iterable[int] = (), ax: Axes | None =
     Args:
         n: number of units, at most 5.
         off: units whose branch is switched off; the paths through them are drawn dead.
-        ax: where to draw; new axes when None.
     """
     if n > 5:
         raise ValueError(f"{2**n} paths do not fit on a page: draw at most 5 units, not {n}")
-    ax = ax or plt.subplots(figsize=(WIDTH, 0.42 * 2**n + 0.3))[1]
-    off = set(off)
+    ax, off = _axes(ax, 0.42 * 2**n + 0.3), set(off)
     paths = sorted(product((0, 1), repeat=n), key=lambda bits: (sum(bits), bits[::-1]))
     for row, bits in enumerate(paths):
-        y = -0.62 * row
-        dead = any(bit and i in off for i, bit in enumerate(bits, start=1))
+        y, taken = -0.62 * row, [i for i in range(1, n + 1) if bits[i - 1]]
+        dead = not off.isdisjoint(taken)
         _arrow(ax, (0, y), (2 * n + 0.1, y), dead)
-        for i, bit in enumerate(bits, start=1):
-            if bit:
-                _box(ax, (2 * i - 1, y), f"$f_{i}$", dead, height=0.44)
-        length = sum(bits)
-        ax.text(2 * n + 0.3, y, f"length {length}", va="center", fontsize=11, color="0.45" if dead else "black")
+        for i in taken:
+            _box(ax, (2 * i - 1, y), f"$f_{i}$", dead, height=0.44)
+        text = f"length {len(taken)}"
+        ax.text(2 * n + 0.3, y, text, va="center", fontsize=11, color="0.45" if dead else "black")
     ax.text(-0.15, -0.31 * (len(paths) - 1), "input", ha="right", va="center", fontsize=12)
     ax.set(xlim=(-1.2, 2 * n + 2), ylim=(-0.62 * len(paths) + 0.2, 0.4))
     ax.axis("off")
     return ax
 
 
-def _circle() -> dict[str, object]:
-    return {"boxstyle": "circle,pad=0.12", "fc": "white", "ec": "black", "lw": 1.2}
-
-
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dead: bool) -> None:
-    style: dict[str, Any] = {"color": "0.75", "ls": ":"} if dead else {"color": "black"}
-    ax.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, shrinkA=0, shrinkB=0, lw=1.3, **style)
-    )
+    style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 10, "shrinkA": 0, "shrinkB": 0, "lw": 1.3}
+    ax.add_patch(FancyArrowPatch(start, end, color="0.75" if dead else "black", ls=":" if dead else "-", **style))
 
 
 def _box(ax: Axes, center: tuple[float, float], text: str, dead: bool, height: float = 0.6) -> None:
-    x, y = center
     style: dict[str, Any] = {"fc": "0.95", "ec": "0.75", "ls": ":"} if dead else {"fc": (*_ORANGE, 0.35), "ec": _ORANGE}
-    patch = FancyBboxPatch((x - 0.3, y - height / 2), 0.6, height, boxstyle="round,pad=0.03", lw=1.5, zorder=3, **style)
-    if not dead:
-        ax.add_patch(
-            FancyBboxPatch((x - 0.3, y - height / 2), 0.6, height, boxstyle="round,pad=0.03", fc="white", lw=0)
-        )
-    ax.add_patch(patch)
-    ax.text(x, y, text, ha="center", va="center", fontsize=13, color="0.45" if dead else "black", zorder=4)
-
-
-def stage_boundaries(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Mark with thin vertical lines where the stages of a table of `unravelling.lesion.delete_each` begin."""
-    first = table.groupby("stage")["unit"].min().to_numpy()
-    for unit in first[1:]:
-        ax.axvline(unit - 0.5, color="0.8", lw=1, zorder=0)
-    ax.set_xlim(-1, np.max(table["unit"]) + 1)
-    return ax
+    for layer in [style | {"lw": 1.5, "zorder": 3}, *[{"fc": "white", "lw": 0}] * (not dead)]:
+        corner = (center[0] - 0.3, center[1] - height / 2)
+        ax.add_patch(FancyBboxPatch(corner, 0.6, height, boxstyle="round,pad=0.03", **layer))
+    ax.text(*center, text, ha="center", va="center", fontsize=13, color="0.45" if dead else "black", zorder=4)

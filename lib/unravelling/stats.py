@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
+
+
+def _check_level(level: float) -> float:
+    if not isinstance(level, Real) or not 0 < level < 1:
+        raise ValueError(f"level is {level!r:.80}: expected a coverage between 0 and 1, such as 0.95")
+    return float(level)
+
+
+def _numbers(name: str, values: object) -> np.ndarray:
+    """Return an array of numbers, or raise TypeError for anything else."""
+    try:
+        array = np.asarray(values)
+        array = array.astype(float) if array.dtype == object and array.ndim else array  # as columns of mixed origin are
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is no array of numbers: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} is {values!r:.80}: expected numbers")
+    return array
 
 
 def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -20,14 +39,14 @@ def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[n
         The lower and upper ends as fractions, in the shape of ``count``.
 
     Raises:
-        ValueError: a count lies outside 0 to ``images``.
+        TypeError, ValueError: a count lies outside 0 to ``images``, or an argument makes no sense.
     """
     from scipy.special import ndtri  # imported when needed, as everywhere: scipy doubles the time of the import
 
-    count = np.asarray(count)
-    if images < 1 or not ((count >= 0) & (count <= images)).all():
+    count = _numbers("count", count)
+    if _numbers("images", images).ndim or not 1 <= images < np.inf or not ((count >= 0) & (count <= images)).all():
         raise ValueError(f"counts must lie between 0 and {images} images")
-    share, z = count / images, ndtri((1 + level) / 2)
+    share, z = count / images, ndtri((1 + _check_level(level)) / 2)
     middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
     half = z / (1 + z**2 / images) * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
     return np.clip(middle - half, 0, share), np.clip(middle + half, share, 1)
@@ -49,6 +68,9 @@ def error_difference(first: float, second: float, images: int, level: float = 0.
     Raises:
         ValueError: an error lies outside 0 to 1.
     """
+    given = [_numbers(name, value) for name, value in {"first": first, "second": second, "images": images}.items()]
+    if any(number.size != 1 for number in given):
+        raise ValueError("first, second and images must be one number each")
     (low, low_2), (high, high_2) = wilson(np.array([first, second]) * images, images, level)
     below, above = np.hypot(second - low_2, high - first), np.hypot(high_2 - second, first - low)
     return float(second - first - below), float(second - first + above)
@@ -66,8 +88,17 @@ def paired_bootstrap(
         level: coverage.
         resamples: how many.
         seed: of the resamples.
+
+    Raises:
+        TypeError, ValueError: there is no value, or an argument is of the wrong kind or size.
     """
-    images = difference.shape[-1]
+    difference = _numbers("difference", difference)
+    for name, value, least in (("resamples", resamples, 1), ("seed", seed, 0)):
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is {value!r:.80}: expected a whole number of at least {least}")
+    if not difference.ndim or not difference.shape[-1]:
+        raise ValueError(f"difference has shape {difference.shape}: expected at least one value, (…, images)")
+    images, level = difference.shape[-1], _check_level(level)
     weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples) / images
     means = difference @ weights.T
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
@@ -85,11 +116,24 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
 
     Returns:
         The columns of ``by``, then ``mean``, ``low``, ``high`` and ``seeds``; the ends are NaN for a single seed.
+        Missing values are no seeds.
+
+    Raises:
+        TypeError, ValueError: the table lacks a column, or ``value`` holds no numbers.
     """
     from scipy.stats import t
 
-    groups = table.groupby([by] if isinstance(by, str) else list(by), sort=False)[value]
-    band = groups.agg(mean="mean", std="std", seeds="size").reset_index()
-    half = t.ppf((1 + level) / 2, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"table is a {type(table).__name__}: expected a DataFrame")
+    columns = [by] if isinstance(by, str) else list(by) if isinstance(by, Sequence) else []
+    if not columns:
+        raise TypeError(f"by is {by!r:.80}: expected a column or several")
+    for name in [*columns, value]:
+        if not isinstance(name, Hashable) or name not in table.columns:
+            raise ValueError(f"there is no column {name!r:.80} in the table: it has {', '.join(map(str, table))}")
+    _numbers(f"the column {value}", table[value])
+    groups = table.groupby(columns, sort=False)[value]
+    band = groups.agg(mean="mean", std="std", seeds="count").reset_index()
+    half = t.ppf((1 + _check_level(level)) / 2, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
     band["low"], band["high"] = band["mean"] - half, band["mean"] + half
     return band.drop(columns="std")

@@ -12,6 +12,9 @@ import pandas as pd
 KEYS = ["dataset", "network", "seed", "recipe"]
 """Columns that tell the rows of a table apart."""
 
+IMAGES = {"cifar10": "CIFAR-10"}
+"""What prose calls a data set, where that differs from its name here."""
+
 DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
 """The recipe of the networks that most figures show; others are asked for by name, so that none mixes two unawares."""
 
@@ -41,7 +44,7 @@ def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = 
     Raises:
         FileNotFoundError: nothing is stored under this name; the message lists what is.
     """
-    root = _results(folder)
+    root = data_folder() / "results" if folder is None else Path(folder)
     path = root / f"{name}.csv"
     if not path.is_file():
         there = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.csv"))
@@ -61,10 +64,8 @@ def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[
     """
     tables = {}
     for dataset in DEFAULT_RECIPES:
-        try:
-            table = stored(f"{dataset}/{quantity}", recipe=recipe)
-        except FileNotFoundError:
-            table = pd.DataFrame(columns=KEYS)
+        known = (data_folder() / f"results/{dataset}/{quantity}.csv").is_file()
+        table = stored(f"{dataset}/{quantity}", recipe=recipe) if known else pd.DataFrame(columns=KEYS)
         there = set(table["network"])
         names = [name if name in there else f"{name}-narrow" for name in networks]  # measured before the full one
         tables[dataset] = table[table["network"].isin(names)] if networks else table
@@ -76,28 +77,23 @@ def intact_error(table: pd.DataFrame) -> float:
     return (table["error"] - table["delta_error"]).mean()
 
 
-def data_label(dataset: str, folder: str | Path | None = None, *, recipe: str | None = None) -> str:
-    """Return which copy of the images results were measured on, such as ``"CIFAR-10 (JPEG-75 copy)"``.
+def data_label(dataset: str, *, recipe: str | None = None) -> str:
+    """Return which copy of the images results were measured on, as ``provenance.json`` says: ``"CIFAR-10 (copy)"``.
 
     Args:
         dataset: ``"digits"`` or ``"cifar10"``.
-        folder: as in `stored`; the record is ``<dataset>/provenance.json`` in it.
         recipe: only of networks trained by this recipe; of all when None or when the record does not tell.
     """
-    path = _results(folder) / dataset / "provenance.json"
-    runs = list(_runs(json.loads(path.read_text(encoding="utf-8")))) if path.is_file() else []
+    path = data_folder() / "results" / dataset / "provenance.json"
+    runs = list(_entries(json.loads(path.read_text(encoding="utf-8")))) if path.is_file() else []
     ours = [run for run in runs if f'-{recipe}"' in json.dumps(run)]  # rows are called <network>-seed<seed>-<recipe>
-    return " and ".join(sorted({run["data"] for run in ours or runs})) or {"cifar10": "CIFAR-10"}.get(dataset, dataset)
+    return " and ".join(sorted({run["data"] for run in ours or runs})) or IMAGES.get(dataset, dataset)
 
 
-def _results(folder: str | Path | None) -> Path:
-    return data_folder() / "results" if folder is None else Path(folder)
-
-
-def _runs(record: Any) -> Iterator[dict[str, Any]]:
+def _entries(record: Any) -> Iterator[dict[str, Any]]:
     """Yield every entry that names its images, however deep it lies."""
     if isinstance(record, dict) and "data" in record:
         yield record
     elif isinstance(record, dict | list):
         for entry in record.values() if isinstance(record, dict) else record:
-            yield from _runs(entry)
+            yield from _entries(entry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from .batches import IGNORED, Batches, device_of, eval_mode, iterate
-from .chain import Chain, check_positive
-from .data import Dataset, Split, checksum, write_atomically
+from .batches import IGNORED, Batches, check_labels, device_of, eval_mode, iterate, named_failure
+from .chain import Chain, check_chain, check_number, check_positive
+from .data import Dataset, Split, check_path, checksum, write_atomically
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,14 @@ class Recipe:
 
     Attributes:
         name: shown in tables.
-        epochs: passes over the training images; None to count ``iterations`` instead.
-        iterations: steps in all; None to count ``epochs``.
+        epochs, iterations: passes over the training images, or steps in all; one of the two is None.
         batch_size: images a step.
         lr: peak learning rate.
         schedule: ``"onecycle"``, up to ``lr`` over the first quarter and down to zero, both as a cosine; or
             ``"steps"``, divided by 10 at each fraction of the run in ``milestones``.
-        milestones: when ``"steps"`` drops the rate.
         warmup: iterations at a tenth of ``lr`` before ``"steps"`` begins (He et al., 2015, for 110 layers).
-        momentum: of SGD.
-        nesterov: whether the momentum looks one step ahead, as in the recipe that Wilber published in 2016.
-        weight_decay: L2 penalty on all parameters.
-        crop: pixels of random shift each way.
-        flip: whether images are mirrored at random.
+        momentum, nesterov, weight_decay: as in `torch.optim.SGD`, on all parameters.
+        crop, flip: as in `~unravelling.data.augment`.
         survival: probability with which the last unit's branch takes part in a step, falling to it linearly from 1
             (stochastic depth, Huang et al., 2016); all branches always do when None.
         active: how many branches take part in each step, chosen at random among all units (Veit et al., 2016,
@@ -70,9 +65,20 @@ class Recipe:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name is a {type(self.name).__name__}: expected a text")
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError(f"recipe {self.name!r} needs either epochs or iterations")
-        check_positive(epochs=self.epochs, iterations=self.iterations, batch_size=self.batch_size)
+        check_positive(epochs=self.epochs, iterations=self.iterations, active=self.active)
+        for least, key in ((1, "batch_size"), (0, "warmup"), (0, "crop")):
+            check_number(least, **{key: getattr(self, key)})
+        if not isinstance(self.milestones, (tuple, list)):
+            raise TypeError(f"recipe {self.name!r}: milestones {self.milestones!r} are not fractions in a tuple")
+        rest = {} if self.survival is None else {"survival": self.survival}
+        rest |= {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        for key, value in (*rest.items(), *(("a milestone", value) for value in self.milestones)):
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not a finite number of 0 or more")
         if self.survival is not None and self.active is not None:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
         if self.survival is not None and not 0 < self.survival <= 1:
@@ -106,7 +112,7 @@ RECIPES = {
 ``digits``: half a minute a network. ``brief``: CIFAR-10 in 4 epochs, three quarters of an hour for ResNet-110 on one
 CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out:
 ``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
-``-stochastic-depth``; ``digits-short-paths-long`` trains three times as long."""
+``-stochastic-depth``; ``-short-paths-long``, of two of them, updates each branch as often as the recipe, or oftener."""
 _VARIANTS: dict[str, dict[str, Any]] = {
     "short-paths": {"active": 23},
     "short-paths-unscaled": {"active": 23, "rescale": False},
@@ -116,7 +122,12 @@ for _recipe in list(RECIPES.values()):
     for _variant, _options in _VARIANTS.items():
         _name = f"{_recipe.name}-{_variant}"
         RECIPES[_name] = replace(_recipe, name=_name, **_options)
-RECIPES["digits-short-paths-long"] = replace(RECIPES["digits-short-paths"], name="digits-short-paths-long", epochs=60)
+for _name, _epochs in (("digits-short-paths", 60), ("short-short-paths", 47)):  # of 20, where 23 of 54 are active
+    RECIPES[f"{_name}-long"] = replace(RECIPES[_name], name=f"{_name}-long", epochs=_epochs)
+
+
+PARTS = ("identity", "chain", "optimizer", "generator", "history", "checksum")
+"""What a checkpoint holds."""
 
 
 def fit(
@@ -142,7 +153,7 @@ def fit(
         recipe: how to train.
         seed: of the order of the images and their augmentation.
         checkpoint: file to write after every epoch and to resume from.
-        stop_after: epochs to run now at the most, to be resumed later.
+        stop_after: epochs to run now at the most, to be resumed later; 0 only reads the checkpoint.
         on_epoch: called with the epoch, from 1, and the chain after every epoch, before the checkpoint is written.
         progress: whether to show a bar, which leaves nothing behind.
 
@@ -151,23 +162,33 @@ def fit(
         ``validation_error``; errors as fractions, training ones averaged over the epoch's augmented batches.
 
     Raises:
-        ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; or there are
-            fewer images than a batch needs.
+        TypeError, ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; there
+            are too few images, or labels that are no classes; the network does not fit, or has diverged.
         OSError: the checkpoint could not be written, as on a full disk; the earlier one is kept.
     """
-    size, images = recipe.batch_size, len(data.train)
-    steps = images // size
+    check_chain(chain)
+    for name, value, kind in (("data", data, Dataset), ("recipe", recipe, Recipe)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}: expected a {kind.__name__}")
+    check_number(seed=seed)
+    check_number(stop_after=0 if stop_after is None else stop_after)
+    if not len(data.validation):
+        raise ValueError("data.validation holds no images: training reports on some")
+    if max(int(split.labels.max()) for split in (data.train, data.validation) if len(split)) >= len(data.classes):
+        raise ValueError(f"a label is beyond the {len(data.classes)} classes of the dataset {data.name!r}")
+    steps, device = len(data.train) // recipe.batch_size, device_of(chain)
     if not steps:
-        raise ValueError(f"a batch of {size} images needs at least as many: this split has {images}")
+        raise ValueError(
+            f"a batch of {recipe.batch_size} images needs at least as many: this split has {len(data.train)}"
+        )
     iterations = recipe.iterations or (recipe.epochs or 0) * steps
     chain.to(memory_format=torch.channels_last)
     options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
-    optimizer = torch.optim.SGD(chain.parameters(), **options)
-    generator = torch.Generator().manual_seed(seed)
+    optimizer, generator = torch.optim.SGD(chain.parameters(), **options), torch.Generator().manual_seed(seed)
     identity = {"recipe": asdict(recipe), "seed": seed}
     identity |= {"network": architecture_digest(chain), "data": fingerprint(data.train)}
     history: list[dict[str, Any]] = []
-    path = Path(checkpoint) if checkpoint is not None else None
+    path = None if checkpoint is None else check_path(checkpoint=checkpoint)
     if path is not None and path.exists():
         state = _read(path, identity)
         chain.load_state_dict(state["chain"])
@@ -176,12 +197,18 @@ def fit(
         history = state["history"]
     last = math.ceil(iterations / steps)
     last = last if stop_after is None else min(last, len(history) + stop_after)
-    bar = tqdm(
-        total=(last - len(history)) * steps, desc=f"training for {last} epochs", leave=False, disable=not progress
-    )
+    total = (last - len(history)) * steps
+    bar = tqdm(total=total, desc=f"training for {last} epochs", leave=False, disable=not progress)
     with bar, _denormals_flushed():
         for epoch in range(len(history), last):
-            row = _train_epoch(chain, data.train, recipe, optimizer, generator, epoch * steps, iterations, bar)
+            rates = [
+                recipe.lr_at(step, iterations) for step in range(epoch * steps, min((epoch + 1) * steps, iterations))
+            ]
+            batches = data.train.shuffled(
+                recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device
+            )
+            taken = zip(rates, batches, strict=False)
+            row = _train_epoch(chain, recipe, optimizer, generator, taken, len(data.classes), bar)
             validation = evaluate(as_tested(chain, recipe), data.validation)
             row |= {f"validation_{key}": validation[key] for key in ("loss", "error")}
             history.append({"epoch": epoch + 1} | row)
@@ -189,13 +216,9 @@ def fit(
             if on_epoch is not None:
                 on_epoch(epoch + 1, chain)
             if path is not None:
-                state = {
-                    "identity": json.dumps(identity, sort_keys=True),
-                    "chain": chain.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                    "history": history,
-                }
+                state = {"identity": json.dumps(identity, sort_keys=True), "history": history}
+                state |= {"chain": chain.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"generator": generator.get_state()}
                 write_atomically(path, partial(torch.save, state | {"checksum": checksum(state)}))
     chain.eval()
     return pd.DataFrame(history)
@@ -203,30 +226,28 @@ def fit(
 
 def _train_epoch(
     chain: Chain,
-    split: Split,
     recipe: Recipe,
     optimizer: torch.optim.SGD,
     generator: torch.Generator,
-    first_step: int,
-    iterations: int,
+    steps: Iterable[tuple[float, tuple[Tensor, Tensor]]],
+    classes: int,
     bar: tqdm,
 ) -> dict[str, float]:
-    """Train for one epoch, or up to the last iteration, and return the row of the history."""
+    """Take steps, each with its learning rate and its batch, and return the row of the history."""
     device = device_of(chain)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and _has_bfloat16(device))
-    batches = split.shuffled(recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device)
     loss_sum, wrong = torch.zeros((), device=device), torch.zeros((), device=device)
     seen, lr = 0, 0.0
     chain.train()
-    for step, (x, y) in enumerate(batches, start=first_step):
-        if step >= iterations:
-            break
-        lr = recipe.lr_at(step, iterations)
+    for lr, (x, y) in steps:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with named_failure(x), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = thinned(chain, recipe, generator)(x)
+        if logits.shape != (len(y), logits.shape[-1]) or logits.shape[-1] < classes:
+            shape = tuple(logits.shape)
+            raise ValueError(f"the network returns {shape} for {len(y)} images of {classes} classes: expected (B, K)")
         loss = cross_entropy(logits.float(), y)
         loss.backward()
         optimizer.step()
@@ -261,8 +282,7 @@ def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
         return chain
     n = len(chain)
     if recipe.active is not None:
-        keep = torch.zeros(n, dtype=torch.bool)
-        keep[torch.randperm(n, generator=generator)[: recipe.active]] = True
+        keep = torch.randperm(n, generator=generator).argsort() < recipe.active
     else:
         keep = torch.rand(n, generator=generator) < probability
     factor = 1 / probability if recipe.rescale else torch.ones(n)
@@ -306,12 +326,17 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
         data: a split, or `~unravelling.batches.Batches`; labels of -100 are left out.
 
     Raises:
-        ValueError: there are no batches, or no labels in them.
+        TypeError, ValueError: there are no batches, or no labels that fit; or logits are NaN.
     """
+    if not isinstance(chain, nn.Module):
+        raise TypeError(f"chain is a {type(chain).__name__}: expected a network")
     wrong, loss, images = 0, 0.0, 0
     for x, y in iterate(chain, data):
         with eval_mode(chain), torch.inference_mode():  # around the model alone: the iterator is the caller's
-            logits, labels = chain(x).cpu().double(), y.cpu()  # on the CPU, since a device may lack float64
+            with named_failure(x):
+                logits = chain(x)
+            _check_scored(logits, y)
+            logits, labels = logits.cpu().double(), y.cpu()  # on the CPU, since a device may lack float64
             counted = labels != IGNORED
             logits, labels = logits[counted], labels[counted]
             wrong += int((logits.argmax(-1) != labels).sum())
@@ -320,6 +345,20 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
     if not images:
         raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
     return {"error": wrong / images, "loss": loss / images, "wrong": wrong, "images": images}
+
+
+def _check_scored(logits: Any, labels: Any) -> None:
+    """Raise TypeError or ValueError for logits ``(…, K)`` that are NaN, or that cannot be scored by ``labels``."""
+    if not isinstance(logits, Tensor) or not logits.dim() or not logits.is_floating_point():
+        raise TypeError(
+            f"the network returns a {type(logits).__name__}: expected logits (B, K), or (B, T, K) for tokens"
+        )
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise TypeError(f"y, the labels, has the type {labels.dtype}: expected a tensor of classes, such as y.long()")
+    if not isinstance(labels, Tensor) or (labels != IGNORED).any():
+        check_labels(logits.movedim(-1, 1) if logits.dim() > 1 else logits, labels)
+    if logits.isnan().any():
+        raise ValueError("logits are NaN: the network's weights or the inputs are, or its training has diverged")
 
 
 def architecture_digest(chain: nn.Module) -> str:
@@ -339,7 +378,10 @@ def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's content, or raise ValueError where it is damaged or belongs to another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.pop("checksum", None) not in (None, checksum(state)):  # None in checkpoints from before there were any
+        missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}: was it written by fit?")
+        if state.pop("checksum") != checksum(state):
             raise ValueError("its content does not match its checksum")
         stored = json.loads(state["identity"])
         stored["recipe"] = json.loads(json.dumps(asdict(Recipe(**stored["recipe"]))))  # with fields that came later

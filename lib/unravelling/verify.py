@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .batches import eval_mode, move
 from .chain import Chain
 from .tracing.parts import Origin
-from .tracing.trace import Unsupported, call, preserved
+from .tracing.trace import Unsupported, call, free_dims, preserved
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """The largest difference allowed, as a share of the largest number compared; 0.05 for half precision."""
@@ -98,6 +99,39 @@ def refuse_unequal(chain: Chain, origin: Origin, x: Any, logits: Tensor, expecte
                 "of the largest: tracing loses a backward pass of one's own, and regions under torch.no_grad(). "
                 "Register the class of the block that holds one with block_units: it is not looked into then"
             )
+
+
+def refuse_at_other_sizes(chain: Chain, origin: Origin, x: Any) -> None:
+    """Raise Unsupported where a new chain differs from its model at one more input a batch, or one more token.
+
+    Where the model itself takes no such input, or the chain says that it does not, there is nothing to compare.
+    """
+    tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor) and t.dim()]
+    if not tensors:
+        return
+    sequences = [t.shape[1] for t in tensors if 1 in free_dims(t)]
+    sizes = [tensors[0].shape[0], *sequences[:1]]
+
+    def longer(t: Tensor, dims: int) -> Tensor:
+        for dim in range(min(dims, t.dim())):
+            if dim in free_dims(t) and t.shape[dim] == sizes[dim]:
+                t = torch.cat([t, t.narrow(dim, 0, 1)], dim)
+        return t
+
+    for dims in range(len(sizes), 0, -1):
+        other = tree_map_only(Tensor, partial(longer, dims=dims), x)
+        try:
+            with torch.no_grad():
+                expected, found = call(origin.model, other), chain(other)
+        except Exception:
+            continue
+        if difference(found, expected) > tolerance_of(origin.model, expected):
+            now = [tuple(t.shape) for t in tree_leaves(other) if isinstance(t, Tensor)]
+            raise Unsupported(
+                f"the chain computes what the model does for the example, but not for inputs of the sizes {now}: the "
+                "forward pass depends on sizes in a way that tracing loses"
+            )
+        return
 
 
 def _calls(model: nn.Module, x: Any, names: Iterable[str], zero: Iterable[tuple[str, int]] = ()) -> tuple[Any, dict]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .stats import seed_band, wilson
-from .stored import DEFAULT_RECIPES, data_label, intact_error, stored
+from .stored import DEFAULT_RECIPES, IMAGES, data_label, intact_error, stored
 
 PAPER = "`make paper`"
 """The command that makes the results on CIFAR-10."""
@@ -42,7 +42,7 @@ def seeds(table: pd.DataFrame) -> str:
 def about(dataset: str, table: pd.DataFrame) -> str:
     """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
     if table.empty:
-        return {"cifar10": "CIFAR-10"}.get(dataset, dataset)
+        return IMAGES.get(dataset, dataset)
     recipes = sorted(table["recipe"].unique())
     copies = sorted({data_label(dataset, recipe=recipe) for recipe in recipes})
     return f"{listed(copies)}, recipe {listed(recipes)}, {seeds(table)}"
@@ -52,16 +52,15 @@ def label(dataset: str, recipe: str = "default") -> str:
     """Return what all networks of a data set and recipe are: `about` of the stored table ``networks``."""
     recipe = DEFAULT_RECIPES[dataset] if recipe == "default" else recipe
     table = stored(f"{dataset}/networks", recipe=recipe)
-    return about(dataset, table) if len(table) else f"{about(dataset, table)}, recipe {recipe}, no network yet"
+    return about(dataset, table) + ("" if len(table) else f", recipe {recipe}, no network yet")
 
 
 def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
     """Return a sentence that names the networks which tables of `unravelling.stored.both` lack, and the command."""
     sentences = []
     for dataset, table in tables.items():
-        if gaps := [network_label(name) for name in networks if name not in set(table["network"])]:
-            name = {"cifar10": "CIFAR-10"}.get(dataset, f"the {dataset}")
-            sentences.append(f"Not measured yet on {name}: {', '.join(gaps)}; {PAPER} does that.")
+        if gaps := ", ".join(network_label(name) for name in networks if name not in set(table["network"])):
+            sentences.append(f"Not measured yet on {IMAGES.get(dataset, f'the {dataset}')}: {gaps}; {PAPER} does that.")
     return " ".join(sentences)
 
 
@@ -101,24 +100,26 @@ def mean_interval(values: Any) -> tuple[float, float, float]:
     return tuple(seed_band(table, "all", "value").iloc[0][["mean", "low", "high"]])
 
 
+def _mean(values: Any, form: str, unit: str, name: str = "", ends: tuple[float, float] = (-np.inf, np.inf)) -> str:
+    """Return a mean with its unit and, of several values, the interval, as far as it lies between two ends."""
+    mean, *interval = mean_interval(values)
+    low, high = (number(end, form) for end in np.clip(interval, *ends))
+    return f"{number(mean, form)}{unit}" + (f" ({name}{low} to {high})" if np.size(values) > 1 else "")
+
+
 def over_seeds(values: Any, *, scale: float = 100, unit: str = " %", digits: int = 1) -> str:
     """Return a mean in words, times ``scale``, with its 95 % Student t interval where there are several seeds."""
-    mean, low, high = (number(scale * end, f".{digits}f") for end in mean_interval(values))
-    many = np.size(values)
-    return f"{mean}{unit}" + (f" (95 % interval over {many} seeds {low} to {high})" if many > 1 else "")
+    return _mean(scale * np.asarray(values), f".{digits}f", unit, f"95 % interval over {np.size(values)} seeds ")
 
 
 def percent(values: Any, digits: int = 1) -> str:
     """Return a fraction in per cent; for several, their mean and 95 % Student t interval, cut off at 0 and 100 %."""
-    mean, *ends = (100 * end for end in mean_interval(values))
-    low, high = (number(end, f".{digits}f") for end in np.clip(ends, 0, 100))
-    return f"{number(mean, f'.{digits}f')} %" + (f" ({low} to {high})" if np.size(values) > 1 else "")
+    return _mean(100 * np.asarray(values), f".{digits}f", " %", ends=(0, 100))
 
 
 def points(values: Any, digits: int = 1, sign: str = "") -> str:
     """Return a difference of shares in percentage points, with ``sign="+"`` always signed; several as in `percent`."""
-    mean, low, high = (number(100 * end, f"{sign}.{digits}f") for end in mean_interval(values))
-    return f"{mean} points" + (f" ({low} to {high})" if np.size(values) > 1 else "")
+    return _mean(100 * np.asarray(values), f"{sign}.{digits}f", " points")
 
 
 def span(values: Any, form: str = ".1f", *, scale: float = 1, unit: str = "") -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from ..chain import NoSkip, Unit
-from .reading import Reading, Stretch, Terms
+from .reading import Reading, Stretch, Terms, place
 from .trace import Traced, Unsupported, arguments
 
 Maker = Callable[[nn.Module], Sequence[Unit]]
@@ -72,6 +72,7 @@ class Stem(nn.Module):
         code: computes y_0 and the context's values from the ``inputs`` of these names.
         context: where the values go, under their ``names``.
         sizes: of inputs, numbers or names of equal sizes: the code would compute something else at others.
+        guards: called with the inputs in order, raises AssertionError where the code is not right for their sizes.
         shift_labels: whether labels in a dict are the tokens themselves, to be compared with the logits before them.
     """
 
@@ -82,10 +83,11 @@ class Stem(nn.Module):
         context: Context,
         names: Iterable[str],
         sizes: Mapping[str, tuple[int | str, ...]],
+        guards: Callable[..., Any] | None,
         shift_labels: bool,
     ) -> None:
         super().__init__()
-        self.code, self.context, self.sizes = code, context, dict(sizes)
+        self.code, self.context, self.sizes, self.guards = code, context, dict(sizes), guards
         self.inputs, self.names, self.shift_labels = tuple(inputs), tuple(names), shift_labels
 
     def forward(self, x: Any) -> Tensor:
@@ -108,7 +110,16 @@ class Stem(nn.Module):
                     f"{name} has size {found}, and torch.export traced this chain for ({traced}): unravel the model "
                     "with an example of the new size, in which all inputs belong to the same batch"
                 )
-        result = self.code(*(given[name] for name in self.inputs))
+        values = [given[name] for name in self.inputs]
+        try:
+            if self.guards is not None:
+                self.guards(*values)
+        except AssertionError as error:
+            raise ValueError(
+                f"torch.export traced this chain for inputs of other sizes ({error}): the forward pass decides by "
+                "them. Unravel the model with an example of the new size"
+            ) from error
+        result = self.code(*values)
         y, *values = result if isinstance(result, tuple) else (result,)
         self.context.values = dict(zip(self.names, values, strict=True))
         return y
@@ -163,10 +174,12 @@ def make_parts(
     output, first = reading.traced.output, stretches[0].state
     head = builder.part([(output, 1.0)], stretches[-1].post) or nn.Identity()
     late = [node for node in builder.carried if reading.latest[node] > reading.order[first]]
+    if late and reading.share_shapes(late, first):
+        return make_parts(model, x, reading, stretches, makers)
     if late:
         raise Unsupported(
-            f"skips cross: {late[0].name} is computed from the state of one unit and used by a later one, which no "
-            "chain of units does"
+            f"skips cross: what {place(reading, late[0])} computes from the state of one unit is used by a later one, "
+            "which no chain of units does"
         )
     several = len(reading.traced.inputs) > 1 or (x is not None and not isinstance(x, Tensor))
     stem = builder.stem(first, several, _shifts_labels(model))
@@ -271,7 +284,8 @@ class _Builder:
     def stem(self, state: fx.Node, several: bool, shift_labels: bool) -> nn.Module:
         """Return the module that computes y_0, and all that the parts made so far carry in the context."""
         inputs = self.traced.inputs
-        if not self.carried and not several and not self.traced.sizes:
+        traced, whole = self.traced, self.reading.source is self.reading.entry
+        if whole and not self.carried and not several and not traced.sizes and traced.guards is None:
             return self.part([(state, 1.0)], self.reading.source) or nn.Identity()
         order, _ = self._slice([state, *self.carried], None)
         graph = fx.Graph()
@@ -281,7 +295,7 @@ class _Builder:
         graph.output((copies[state], *carried) if carried else copies[state])
         values = [node.name for node in self.carried]
         code = self._code(graph)
-        return Stem(code, inputs.values(), self.context, values, self.traced.sizes, shift_labels)
+        return Stem(code, inputs.values(), self.context, values, traced.sizes, traced.guards, shift_labels)
 
     def _slice(self, ends: Iterable[fx.Node], start: fx.Node | None) -> tuple[list[fx.Node], list[fx.Node]]:
         """Return the nodes to compute ``ends`` from ``start``, in order, and those that have to come from outside."""

@@ -10,6 +10,8 @@ both ways, which each of them then computes for itself), to the stem or to the h
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +19,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .trace import Traced, Unsupported, name_of
+from .trace import Traced, Unsupported, identity, name_of, split_sums
 
-ADD = {operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, "add", "__add__"}
-SUB = {operator.sub, operator.isub, torch.sub, torch.ops.aten.sub.Tensor, torch.ops.aten.sub_.Tensor, "sub", "__sub__"}
-MERGES = {"cat", "concat", "concatenate", "stack"}
+SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0}
+MERGES = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
+NOTHING = ("identity", "contiguous", "clone", "alias", "dropout")
 SHAPES = {"shape", "device", "dtype", "ndim", "is_cuda", "layout", "requires_grad"}
 NO_DATA = {  # operations whose result carries no gradient of their operand
     *("size", "dim", "numel", "stride", "sym_size", "sym_numel", "sym_stride", "len", "is_floating_point"),
@@ -31,6 +33,7 @@ NO_DATA = {  # operations whose result carries no gradient of their operand
     *("logical_not", "logical_and", "logical_or", "isnan", "isinf", "argmax", "argmin", "bool", "long", "int"),
     *("__and__", "__or__", "__invert__", "bitwise_and", "bitwise_or", "bitwise_not", "any", "all"),
 }
+PREFERRED = ("inputs_embeds", "input_ids", "pixel_values")
 SKIPS = ("skip", "shortcut", "downsample", "identity", "residual")
 
 Key = str
@@ -51,6 +54,7 @@ class Stretch:
     branch: Terms = field(default_factory=list)  # its other terms; empty for a block and for a plain layer
     block: str = ""  # name of the module, if its units are known by its class or by hand
     exact: bool = True  # whether skip + branch are the very operands of the model's last addition
+    exact_skip: bool = True  # whether the skip is the start itself
     state: fx.Node = None  # type: ignore[assignment]  # the cut before the unit, and before what prepares both ways
     post: fx.Node = None  # type: ignore[assignment]  # the cut after it, and after what follows the sum
     name: str = ""
@@ -60,14 +64,18 @@ class Stretch:
     def __post_init__(self) -> None:
         self.state, self.post = self.start, self.end
 
+    def skip_way(self, reading: Reading) -> set[fx.Node]:
+        """Return what computes the skip."""
+        return {n for node, _ in self.skip for n in reading.between(self.start, node)}
+
 
 class NotABlock(Exception):
     """A registered block, by its name, that is called with more than its state, so that its graph has to tell."""
 
 
 def read(
-    model: nn.Module, traced: Traced, blocks: Collection[str], by_hand: Sequence[str] | None
-) -> tuple[Reading, list[Stretch], list[str]]:
+    model: nn.Module, traced: Traced, blocks: Collection[str], by_hand: Sequence[str] | None, stream: str | None = None
+) -> tuple[Reading, list[Stretch], list[str], list[str]]:
     """Divide a traced model's stream into stretches.
 
     Args:
@@ -75,64 +83,185 @@ def read(
         traced: its graph.
         blocks: names of modules whose units are known; NotABlock is raised for one that takes more than the state.
         by_hand: names of the modules that are the units, if a user named them.
+        stream: the input that the stream starts at; the one that gives the most units when None.
 
     Returns:
-        The reading of the graph, the stretches in order, and what a user should be told. Unsupported if none is found.
+        The reading of the graph, the stretches in order, what a user should be warned of, and what is worth a note.
+        Unsupported if no stretch is found.
     """
-    reading = Reading(traced)
-    stretches = _blocks(reading, blocks)
-    taken = {node for s in stretches for node in reading.cuts_after(s.start, s.end)}
-    found, remarks = _sums(reading, taken)
-    stretches += found
-    stretches = _with_plain(model, reading, stretches) if by_hand is None else _within(reading, stretches, by_hand)
-    stretches.sort(key=lambda stretch: reading.order[stretch.end])
-    if not stretches:
-        raise Unsupported(_nothing_found(model, reading, remarks))
-    others = [name for node, name in traced.inputs.items() if node is not reading.source and node.users]
-    if others:
-        remarks.append(
-            f"the model takes several inputs: the stream starts at {traced.inputs[reading.source]!r}, and "
-            f"{', '.join(map(repr, others))} is handed to the units beside it"
-        )
+    used = [node for node in traced.inputs if node.users]
+    if not used:
+        raise Unsupported("the model uses none of its inputs")
+    names = [traced.inputs[node] for node in used]
+    if stream is not None and stream not in names:
+        raise Unsupported(f"stream={stream!r} names no input that the model uses: these are {', '.join(names)}")
+    best: tuple[Reading, list[Stretch], list[str]] | None = None
+    refusal = Unsupported("")
+    for source in sorted(used, key=lambda node: traced.inputs[node] not in PREFERRED):
+        name = traced.inputs[source]
+        if name != stream and (stream is not None or (best is not None and "mask" in name)):
+            continue
+        try:
+            found = _read_from(model, Reading(traced, source), blocks, by_hand)
+        except Unsupported as error:
+            refusal = refusal if str(refusal) else error
+            continue
+        if best is None or len(found[1]) > len(best[1]):
+            best, found = found, best
+        if found is not None:
+            found[0].restore()
+    if best is None:
+        raise refusal
+    reading, stretches, warnings = best
     _share_out(reading, stretches)
     for stretch in stretches:
         stretch.output = reading.output(stretch.post)
         stretch.name = stretch.name or _name(reading, stretch, stretches)
         zeros = [reading.output(node, outside=stretch.end) for node in _addends(reading, stretch)]
         stretch.zeros = [end for end in zeros if end is not None] if all(zeros) else []
-    return reading, stretches, remarks
+    serious, notes = _account(reading, stretches)
+    warnings += notes[:1] if serious and by_hand is None else []
+    start = traced.inputs[reading.entry]
+    others = [name for name in names if name != start]
+    if others:
+        told = f"the stream starts at {start!r}, and the units are handed {', '.join(map(repr, others))} beside it"
+        notes.append(told)
+        floating = {traced.inputs[n] for n in used if "dtype" in n.meta and n.meta["dtype"].is_floating_point}
+        if stream is None and any(name in floating and "mask" not in name for name in others):
+            warnings.append(f"the model takes several inputs: {told}. stream=… starts it elsewhere")
+    return reading, stretches, warnings, notes
+
+
+def _read_from(
+    model: nn.Module, reading: Reading, blocks: Collection[str], by_hand: Sequence[str] | None
+) -> tuple[Reading, list[Stretch], list[str]]:
+    """Find stretches from one input on; where one long way beside holds most of the additions, along that way."""
+    stretches, causes = _stretches(model, reading, blocks, by_hand)
+    while by_hand is None:
+        inner = _begins_within(reading, stretches)
+        if inner is None:
+            break
+        other = reading.rerooted(*inner)
+        found, others = _stretches(model, other, blocks, by_hand)
+        if len(found) < 2 or len(found) <= len(stretches):
+            other.restore(reading)
+            break
+        reading, stretches, causes = other, found, others
+    if not stretches:
+        raise Unsupported(_nothing_found(model, reading, causes))
+    warnings = _told(reading, causes)
+    loaded = [s for s in stretches if s.skip and s.branch and not s.exact_skip and reading.weights(s.skip_way(reading))]
+    if len(loaded) > len(stretches) / 2 and all(_same_shape(reading, s.end, s.start) for s in loaded):
+        warnings.append(
+            f"{len(loaded)} units have no identity beside their branch, but a layer with weights of its own, as LoRA "
+            f"has its base layer (the first in {place(reading, loaded[0].end)}): a deletion leaves that layer"
+        )
+    return reading, stretches, warnings
+
+
+def _stretches(
+    model: nn.Module, reading: Reading, blocks: Collection[str], by_hand: Sequence[str] | None
+) -> tuple[list[Stretch], dict[str, list[fx.Node]]]:
+    stretches = _blocks(reading, blocks)
+    taken = {node for s in stretches for node in reading.cuts_after(s.start, s.end)}
+    found, causes = _sums(reading, taken)
+    stretches += found
+    stretches = _with_plain(model, reading, stretches) if by_hand is None else _within(reading, stretches, by_hand)
+    return sorted(stretches, key=lambda stretch: reading.order[stretch.end]), causes
+
+
+def _told(reading: Reading, causes: dict[str, list[fx.Node]]) -> list[str]:
+    return [f"{text} ({len(ends)} times, first in {place(reading, ends[0])})" for text, ends in causes.items()]
+
+
+def place(reading: Reading, node: fx.Node) -> str:
+    """Return the name of the module whose forward computes a node."""
+    return reading.owner(node).partition("@")[0] or "the forward of the model"
 
 
 class Reading:
     """What is known of a traced model: where the stream runs, its cuts, and which module computes what."""
 
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
-        nodes = list(traced.graph.nodes)
+    def __init__(self, traced: Traced, source: fx.Node, outer: Reading | None = None) -> None:
+        self.traced, self.source = traced, source
+        self.entry: fx.Node = outer.entry if outer else source
+        self._survey()
+        if traced.output not in self.active:
+            raise Unsupported(f"the logits do not depend on the input {traced.inputs.get(source, source.name)!r}")
+        if split_sums(traced, self.active):
+            self._survey()
+        self.cuts = self._cuts()
+        self.place = {node: i for i, node in enumerate(self.cuts)}
+        self.sums = self._sums()
+        # additions in the reading of a longer stream
+        self.known: dict[fx.Node, tuple[fx.Node, bool, bool]] = outer.known | outer.sums if outer else {}
+
+    def _survey(self) -> None:
+        nodes = list(self.traced.graph.nodes)
         self.order = {node: i for i, node in enumerate(nodes)}
         self.stacks = {node: list(self._stack(node)) for node in nodes}
         self.calls: dict[Key, set[fx.Node]] = {}
         for node in nodes:
             for key, _ in self.stacks[node]:
                 self.calls.setdefault(key, set()).add(node)
-        used = [node for node in traced.inputs if node.users]
-        if not used:
-            raise Unsupported("the model uses none of its inputs")
-        preferred = ("inputs_embeds", "input_ids", "pixel_values")
-        self.source = next((n for name in preferred for n in used if traced.inputs[n] == name), used[0])
         self.active = self._active(nodes)
-        if traced.output not in self.active:
-            raise Unsupported(f"the logits do not depend on the input {traced.inputs[self.source]!r}")
         # for every node, the position of the last stream node that it depends on, and whether it depends on no input
         self.latest: dict[fx.Node, int] = {}
         self.constant: dict[fx.Node, bool] = {}
+        self.dominator: dict[fx.Node, fx.Node] = {self.source: self.source}  # the last node that all ways here pass
         for node in nodes:
             args = node.all_input_nodes
             own = self.order[node] if node in self.active else -1
             self.latest[node] = max([own, *(self.latest[arg] for arg in args)])
             self.constant[node] = node.op != "placeholder" and all(self.constant[arg] for arg in args)
-        self.cuts = self._cuts()
-        self.place = {node: i for i, node in enumerate(self.cuts)}
+            if node in self.active and node is not self.source:
+                common, *others = self.stream_args(node)
+                for other in others:
+                    while common is not other:
+                        if self.order[common] > self.order[other]:
+                            common = self.dominator[common]
+                        else:
+                            other = self.dominator[other]
+                self.dominator[node] = common
+
+    def rerooted(self, start: fx.Node, end: fx.Node) -> Reading:
+        """Return a reading of the stream that leaves ``start`` for ``end`` alone: its other ways belong to the stem."""
+        inside = self.between(start, end)
+        with self.traced.graph.inserting_after(start):
+            state = self.traced.graph.call_function(identity, (start,))
+        state.meta = {key: value for key, value in start.meta.items() if key != "nn_module_stack"}
+        for user in list(start.users):
+            if user in inside:
+                user.replace_input_with(start, state)
+        return Reading(self.traced, state, self)
+
+    def share_shapes(self, late: Iterable[fx.Node], first: fx.Node) -> bool:
+        """Let values that depend on the shape of a later state alone be computed from one before ``first`` like it."""
+        early = sorted((n for n in self.active if self.order[n] <= self.order[first]), key=self.order.__getitem__)
+        todo, changed = list(late), False
+        while todo:
+            node = todo.pop()
+            for arg in node.all_input_nodes:
+                if arg not in self.active:
+                    todo.append(arg)
+                elif self.order[arg] > self.order[first] and node not in self.active:
+                    like = (str(arg.meta.get("shape")), arg.meta.get("dtype"))
+                    alike = [n for n in early if (str(n.meta.get("shape")), n.meta.get("dtype")) == like]
+                    if not alike or "shape" not in arg.meta:
+                        return False
+                    node.replace_input_with(arg, alike[-1])
+                    changed = True
+        self._survey()
+        return changed
+
+    def restore(self, reading: Reading | None = None) -> None:
+        """Undo what `rerooted` did to the graph, for the sake of another reading of it."""
+        while self.source.target is identity and (reading is None or self.source is not reading.source):
+            state, self.source = self.source, self.source.args[0]  # type: ignore[assignment]
+            state.replace_all_uses_with(self.source)
+            self.traced.graph.erase_node(state)
+        if reading is not None:
+            reading._survey()
 
     def _active(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
         """Return the stream: nodes that data flows through from the main input, and on to the logits."""
@@ -152,14 +281,10 @@ class Reading:
         return reached & live
 
     def _cuts(self) -> list[fx.Node]:
-        stream = sorted(self.active, key=self.order.__getitem__)
-        last_use = {n: max((self.order[u] for u in n.users if u in self.active), default=self.order[n]) for n in stream}
-        cuts, open_until = [], -1
-        for node in stream:
-            if open_until <= self.order[node]:
-                cuts.append(node)
-            open_until = max(open_until, last_use[node])
-        return cuts
+        cuts = [self.traced.output]
+        while cuts[-1] is not self.source:
+            cuts.append(self.dominator[cuts[-1]])
+        return cuts[::-1]
 
     @staticmethod
     def _stack(node: fx.Node) -> Iterator[tuple[Key, str]]:
@@ -199,7 +324,7 @@ class Reading:
             else:
                 attributes = [a for arg in node.all_input_nodes for a in self._attributes(arg)]
                 parameters = [p for p in attributes if isinstance(p, nn.Parameter)]
-            found.update(id(p) for p in parameters if p.dim() >= least)
+            found.update(id(p) for p in parameters if sum(size > 1 for size in p.shape) >= least or least == 1)
         return found
 
     def _attributes(self, node: fx.Node) -> Iterator[Any]:
@@ -219,21 +344,20 @@ class Reading:
                 todo.extend(node.all_input_nodes)
         return found
 
-    def region(self, key: Key) -> tuple[fx.Node, fx.Node] | None:
-        """Return where the stream enters and leaves a module call, or None unless it does so at one place each."""
+    def region(self, key: Key, at_cuts: bool = False) -> tuple[fx.Node, fx.Node] | None:
+        """Return where the stream enters and leaves a module call; None unless at one place each, or ``at_cuts``."""
         inside = self.calls[key] & self.active
         enters = {arg for node in inside for arg in self.stream_args(node)} - inside
         output = self.traced.output
         leaves = {n for n in inside if n is output or any(u in self.active and u not in inside for u in n.users)}
-        return (enters.pop(), leaves.pop()) if len(enters) == len(leaves) == 1 else None
-
-    def cut_region(self, key: Key) -> tuple[fx.Node, fx.Node] | None:
-        """Return the region of a module call if it starts and ends at cuts, else None."""
-        region = self.region(key)
-        return region if region is not None and all(node in self.place for node in region) else None
+        if len(enters) != 1 or len(leaves) != 1 or (at_cuts and not (enters | leaves) <= self.place.keys()):
+            return None
+        return enters.pop(), leaves.pop()
 
     def output(self, node: fx.Node, outside: fx.Node | None = None) -> tuple[str, int] | None:
         """Return the module, and which of its calls, that returns a node's value and does not hold ``outside``."""
+        if node.target is operator.getitem and node.args[1] == 0:  # of several that it returns, as an LSTM does
+            node = node.args[0]  # type: ignore[assignment]
         for key, name in self.stacks[node]:
             if outside is not None and self.under(outside, key):
                 continue
@@ -244,15 +368,42 @@ class Reading:
 
     def operands(self, node: fx.Node) -> Terms | None:
         """Return the two operands of an addition or subtraction of values of the stream, with their factors."""
-        kind = node.target if node.op == "call_function" else name_of(node) if node.op == "call_method" else None
-        if kind not in ADD | SUB:
-            return None
+        sign = SUMS.get(name_of(node)) if node.op in ("call_function", "call_method") else None
         args = [*node.args, node.kwargs.get("other", node.kwargs.get("value"))][:2]
         nodes = [arg for arg in args if isinstance(arg, fx.Node) and arg in self.active]
         alpha = node.kwargs.get("alpha", 1) or 1
-        if len(nodes) < 2 or not isinstance(alpha, (int, float)):
+        if sign is None or len(nodes) < 2 or not isinstance(alpha, (int, float)):
             return None
-        return [(nodes[0], 1.0), (nodes[1], -float(alpha) if kind in SUB else float(alpha))]
+        return [(nodes[0], 1.0), (nodes[1], sign * alpha)]
+
+    def itself(self, node: fx.Node) -> fx.Node:
+        """Return the value that a node hands on as it is, through an ``nn.Identity`` or a dropout in eval mode."""
+        while node.op != "placeholder" and node is not self.source and len(self.stream_args(node)) == 1:
+            layer = self.traced.get(node.target) if node.op == "call_module" else None
+            if not isinstance(layer, (nn.Identity, nn.modules.dropout._DropoutNd)) and name_of(node) not in NOTHING:
+                break
+            node = self.stream_args(node)[0]
+        return node
+
+    def _sums(self) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:
+        """Return the additions of two values that descend from one: that one, whether it is one of them, has weights.
+
+        Sums without weights of values that are both computed count for nothing, such as those in a rotation.
+        """
+        found = {}
+        for node in sorted(self.active, key=self.order.__getitem__):
+            pair = self.operands(node)
+            if pair is None or pair[0][0] is pair[1][0]:
+                continue
+            early, late = sorted((self.itself(operand) for operand, _ in pair), key=self.order.__getitem__)
+            way = self.between(early, late)
+            if SUMS[name_of(node)] < 0 and not self.weights(way, least=1):
+                continue
+            if any(early in n.all_input_nodes for n in way):
+                found[node] = early, True, bool(self.weights(way))
+            elif self.weights(self.between(self.dominator[node], node), least=1):
+                found[node] = self.dominator[node], False, True
+        return found
 
 
 # ---------------------------------------------------------------- finding stretches
@@ -263,7 +414,7 @@ def _blocks(reading: Reading, blocks: Collection[str]) -> list[Stretch]:
     found = []
     for key, name in reading.cut_calls().items():
         if name in blocks:
-            region = reading.cut_region(key)
+            region = reading.region(key, at_cuts=True)
             if region is None or not _takes_the_state_alone(reading, key):
                 raise NotABlock(name)
             found.append(Stretch(*region, key, block=name, name=name))
@@ -286,31 +437,19 @@ def _takes_the_state_alone(reading: Reading, key: Key) -> bool:
     return not any(user.target is operator.getitem for n in inside for user in n.users if user not in inside)
 
 
-def _sums(reading: Reading, taken: set[fx.Node]) -> tuple[list[Stretch], list[str]]:
-    """Return the residual additions outside the cuts that are taken, and what a user should be told of others."""
-    found, remarks = [], []
+def _sums(reading: Reading, taken: set[fx.Node]) -> tuple[list[Stretch], dict[str, list[fx.Node]]]:
+    """Return the residual additions outside the cuts that are taken, and where others look like some, by the cause."""
+    found: list[Stretch] = []
+    causes: dict[str, list[fx.Node]] = {}
     for start, end in zip(reading.cuts, reading.cuts[1:], strict=False):
         if end in taken or all(arg is start for arg in reading.stream_args(end)):
             continue
         read = _residual_sum(reading, start, end)
         if isinstance(read, str):
-            remarks.append(read)
+            causes.setdefault(read, []).append(end)
         elif read is not None:
             found.append(read)
-            if inner := sum(_inner_sums(reading, start, node) for node, _ in read.branch):
-                remarks.append(
-                    f"the branch that ends at {end.name} (in {read.owner or 'the forward of the model'}) holds "
-                    f"{inner} residual additions of its own: they count as one unit. To look into it, unravel the part "
-                    "of the model within"
-                )
-        elif name_of(end) in MERGES:
-            inside = reading.between(start, end)
-            if sums := sum(reading.operands(node) is not None for node in inside):
-                remarks.append(
-                    f"{sums} additions lie within ways that are concatenated at {end.name}, as in a U-Net or a "
-                    "cross-stage network: they are no units of the chain"
-                )
-    return found, remarks
+    return found, causes
 
 
 def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | str | None:
@@ -319,15 +458,23 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
     if direct is None:
         return None
 
-    def flatten(node: fx.Node, factor: float) -> Terms:
-        inner = reading.operands(node) if reading.order[node] > reading.order[start] else None
-        if inner is None or len([u for u in node.users if u in reading.active]) > 1:
-            return [(node, factor)]
-        return [term for operand, own in inner for term in flatten(operand, factor * own)]
+    def is_start(node: fx.Node) -> bool:
+        return reading.itself(node) is reading.itself(start)
 
-    terms = [term for operand, factor in direct for term in flatten(operand, factor)]
+    def flatten(pair: Terms, factor: float) -> Terms:
+        terms: Terms = []
+        for node, own in pair:
+            inner = reading.operands(node) if reading.order[node] > reading.order[start] else None
+            shared = len([user for user in node.users if user in reading.active]) > 1
+            if inner is None or shared or any(is_start(other) for other, _ in pair):  # the skip is found at this level
+                terms.append((node, factor * own))
+            else:
+                terms += flatten(inner, factor * own)
+        return terms
+
+    terms = flatten(direct, 1.0)
     ways = [reading.between(start, node) if node is not start else set() for node, _ in terms]
-    skips = [i for i, (node, _) in enumerate(terms) if node is start]
+    skips = exact = [i for i, (node, _) in enumerate(terms) if is_start(node)]
     if not skips:  # no identity: the way with the fewest weights, or the one that is called a skip
         weights = [len(reading.weights(way)) for way in ways]
         skips = [i for i, weight in enumerate(weights) if weight == min(weights)]
@@ -338,30 +485,72 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
             return None
     branches = [i for i in range(len(terms)) if i not in skips]
     skip_way, branch_way = ({n for i in some for n in ways[i]} for some in (skips, branches))
-    if not reading.weights(branch_way, least=1):
+    if not branches or not (exact or reading.weights(branch_way, least=1)):
         return None
     if reading.weights(skip_way & branch_way, least=1):
-        shared = sorted(n.name for n in skip_way & branch_way if reading.weights([n], least=1))
-        return (
-            f"the skips that end at {end.name} cross those of other blocks: both operands of this sum hold the weights "
-            f"of {', '.join(shared[:3])}"
-        )
-    skip, branch, exact = [terms[i] for i in skips], [terms[i] for i in branches], False
+        if all(name_of(reading.itself(node)) in ("mul", "__mul__") for node, _ in terms):
+            return (
+                "a sum is gated, as in a highway network: the weights of the gate decide how much of the skip and of "
+                "the branch comes in, so that there is no skip to be left alone"
+            )
+        return "skips cross, or several streams run beside each other: both operands of a sum hold the same weights"
+    skip, branch, same = [terms[i] for i in skips], [terms[i] for i in branches], False
     for (operand, factor), (other, sign) in (direct, direct[::-1]):
-        if not exact and [(operand, factor)] == skip and abs(factor) == abs(sign) == 1:
-            branch, exact = [(other, sign)], True
-    return Stretch(start, end, reading.owner(end), skip, branch, exact=exact)
+        if not same and [(operand, factor)] == skip and abs(factor) == abs(sign) == 1:
+            branch, same = [(other, sign)], not end.meta.get("split")
+    return Stretch(start, end, reading.owner(end), skip, branch, exact=same, exact_skip=bool(exact))
 
 
-def _inner_sums(reading: Reading, start: fx.Node, end: fx.Node) -> int:
-    """Count the additions of a value to itself, transformed with weights, on the ways to a branch's end."""
-    count = 0
-    for node in reading.between(start, end):
-        if pair := reading.operands(node):
-            early, late = sorted((operand for operand, _ in pair), key=reading.order.__getitem__)
-            way = reading.between(early, late)
-            count += any(early in n.all_input_nodes for n in way) and bool(reading.weights(way))
-    return count
+def _begins_within(reading: Reading, stretches: list[Stretch]) -> tuple[fx.Node, fx.Node] | None:
+    """Return where the first addition starts and ends that one long skip, or way beside, keeps from being a unit.
+
+    So it is where all that are no units lie between two neighbouring cuts, and are no fewer than the units.
+    """
+    lost = {node: found for node, found in _lost(reading, stretches).items() if node in reading.sums}
+    cuts = [reading.order[cut] for cut in reading.cuts]
+    beads = {bisect_left(cuts, reading.order[node]) for node in lost}
+    if len(beads) != 1 or len(lost) < max(2, len([s for s in stretches if s.branch])):
+        return None
+    clear = {node: found for node, found in lost.items() if found[1]} or lost
+    spans = {node: reading.between(start, node) for node, (start, *_) in clear.items()}
+    outer = [node for node in spans if not any(node in span for other, span in spans.items() if other is not node)]
+    return (clear[outer[0]][0], outer[0]) if outer else None
+
+
+def _lost(reading: Reading, stretches: list[Stretch]) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:
+    """Return the additions that are part of no unit's sum."""
+    summed: set[fx.Node] = set()
+    for s in stretches:
+        if s.branch:
+            ways = [reading.between(s.start, node) for node, _ in [*s.skip, *s.branch] if node is not s.start]
+            summed |= reading.between(s.start, s.end).difference(*ways)
+    return {node: found for node, found in (reading.known | reading.sums).items() if node not in summed}
+
+
+def _account(reading: Reading, stretches: list[Stretch]) -> tuple[bool, list[str]]:
+    """Say which additions became no units and where they are, if any; and whether that matters: they hold weights."""
+    lost = _lost(reading, stretches)
+    if not lost:
+        return False, []
+    places: Counter[str] = Counter()
+    serious = False
+    for node, (_, skip, weighted) in lost.items():
+        serious |= skip and weighted
+        before = [s for s in stretches if reading.order[s.end] <= reading.order[node]]
+        around = next((s for s in stretches if node in reading.between(s.start, s.end)), None)
+        if around is not None:
+            places[f"{'the branch of ' if around.branch else ''}{around.name}"] += 1
+        elif len(before) in (0, len(stretches)):
+            places["the head" if before else "the stem"] += 1
+        else:
+            places[f"what follows {before[-1].name}"] += 1
+    told = [f"{name} ({number})" for name, number in places.most_common(4)]
+    more = f" and {len(places) - 4} other places" if len(places) > 4 else ""
+    units, inside = sum(bool(s.branch) for s in stretches), f"{', '.join(told)}{more}"
+    text = f"{units} of {units + len(lost)} additions became units; the rest lie in {inside}"
+    if serious:
+        text += ". To look into a part, unravel that part of the model alone"
+    return serious, [text]
 
 
 def _within(reading: Reading, stretches: list[Stretch], names: Sequence[str]) -> list[Stretch]:
@@ -373,7 +562,7 @@ def _within(reading: Reading, stretches: list[Stretch], names: Sequence[str]) ->
             raise Unsupported(f"the forward pass does not call {name!r}, or the stream does not go through it")
         for key in calls:
             inside = [stretch for stretch in stretches if reading.under(stretch.end, key)]
-            region = reading.cut_region(key)
+            region = reading.region(key, at_cuts=True)
             if not inside and region is None:
                 raise Unsupported(
                     f"{name!r} is no unit: a unit takes one state and returns the next, and other ways lead past it"
@@ -389,29 +578,30 @@ def _with_plain(model: nn.Module, reading: Reading, stretches: list[Stretch]) ->
     plain = []
     for key, name in reading.cut_calls().items():
         if key not in owners and type(model.get_submodule(name)) in classes:
-            region = reading.cut_region(key)
+            region = reading.region(key, at_cuts=True)
             if region is not None and not any(reading.under(stretch.end, key) for stretch in stretches):
                 plain.append(Stretch(*region, key))
     return stretches + plain
 
 
-def _nothing_found(model: nn.Module, reading: Reading, remarks: Sequence[str]) -> str:
+def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx.Node]]) -> str:
     nodes = sorted(reading.active, key=reading.order.__getitem__)
     joins = [n for n in nodes if name_of(n) in MERGES and len(reading.stream_args(n)) > 1]
     sums = [node for node in nodes if reading.operands(node) is not None]
     name = type(model).__name__
-    if remarks:
-        return f"no chain of residual units computes {name}: {'; '.join(remarks)}"
+    if causes:
+        return f"no chain of residual units computes {name}: {'; '.join(_told(reading, causes))}"
     if joins:
+        what = f"{len(joins)} concatenations (the first in {place(reading, joins[0])})"
         return (
-            f"{name} has no residual unit, but {len(joins)} concatenations (the first is {joins[0].name}), as a "
-            "DenseNet or a U-Net has: its states grow, and no chain of skip + branch computes them. Unravel a part "
-            'that is residual, or name plain units by hand: units="layers.*"'
+            f"{name} has no residual unit, but {what}, as a DenseNet, a U-Net or a ShuffleNet has: no chain of skip + "
+            'branch computes them. Unravel a part that is residual, or name plain units by hand: units="layers.*"'
         )
     if sums:
         return (
             f"{name} has {len(sums)} additions, but no chain of residual units: their skips cross or overlap, or no "
-            f"operand is a skip (the first is {sums[0].name}). Say which modules are the blocks: units=…, branch=…"
+            f"operand is a skip (the first in {place(reading, sums[0])}). Say which modules are the blocks: units=…, "
+            "branch=…"
         )
     return (
         f"{name} has no skip: no addition joins a value with what is computed from it. To take a plain network apart, "
@@ -423,26 +613,33 @@ def _nothing_found(model: nn.Module, reading: Reading, remarks: Sequence[str]) -
 
 
 def _share_out(reading: Reading, stretches: list[Stretch]) -> None:
-    """Decide for what lies between two stretches whether it follows the first sum or prepares the second unit."""
+    """Decide for what lies between two stretches whether it follows the first sum or prepares the second unit.
+
+    It prepares it if it belongs to the second unit's own module, or if it brings no weights and changes the shape.
+    """
     one_owner = len({stretch.owner for stretch in stretches}) == 1 and len(stretches) > 1
     posts: list[list[Any]] = []
+    first, state = stretches[0], stretches[0].start
     for stretch, after in zip(stretches, [*stretches[1:], None], strict=True):
-        post: list[Any] = []
+        follow: list[fx.Node] = []
         for node in reading.cuts_after(stretch.end, after.start if after else None):
-            operation = type(reading.traced.get(node.target)) if node.op == "call_module" else node.target
-            follows = reading.under(node, stretch.owner)
-            if after is None and (one_owner or not stretch.owner):  # as after all the other units
-                usual = posts and all(other == posts[0] for other in posts) and len(post) < len(posts[0])
-                follows = bool(usual) and operation == posts[0][len(post)]
-            elif after is not None and (stretch.owner == after.owner or not stretch.owner):
+            follows = bool(stretch.owner) and reading.under(node, stretch.owner)
+            if after is not None:
                 prepares = bool(after.owner) and stretch.owner != after.owner and reading.under(node, after.owner)
-                follows = follows and not prepares and _same_shape(reading, node, stretch.end)
+                follows = follows or not prepares
+            elif one_owner or not follows:  # as after all the other units
+                usual = posts and all(other == posts[0] for other in posts) and len(follow) < len(posts[0])
+                follows = bool(usual) and _operation(reading, node) == posts[0][len(follow)]
             if not follows:
                 break
-            stretch.post = node
-            post.append(operation)
-        posts.append(post)
-    first = stretches[0]
+            follow.append(node)
+        if after is not None and stretch.branch:
+            same = [i for i, node in enumerate([stretch.end, *follow]) if _same_shape(reading, node, state)]
+            keep = max(same, default=len(follow))
+            if not reading.weights(follow[keep:], least=1):
+                follow = follow[:keep]
+        posts.append([_operation(reading, node) for node in follow])
+        stretch.post = state = follow[-1] if follow else stretch.end
     i = reading.place[first.start]
     while i > 0 and first.owner and not first.block and reading.under(reading.cuts[i], first.owner):
         i -= 1
@@ -451,10 +648,14 @@ def _share_out(reading: Reading, stretches: list[Stretch]) -> None:
         stretch.state = state
 
 
+def _operation(reading: Reading, node: fx.Node) -> Any:
+    return type(reading.traced.get(node.target)) if node.op == "call_module" else node.target
+
+
 def _same_shape(reading: Reading, node: fx.Node, other: fx.Node) -> bool:
     """Whether two values have the same shape, or where that is not known, the first is computed without weights."""
     if "shape" in other.meta:
-        return node.meta.get("shape") == other.meta["shape"]
+        return str(node.meta.get("shape")) == str(other.meta["shape"])
     return not reading.weights([node], least=1)
 
 

@@ -5,23 +5,26 @@ Here is also what a model is called with, which of its outputs are the logits, a
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial, reduce
+from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batches import LABELS
 
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul}
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "imatmul")
 
 
 class Unsupported(ValueError):
@@ -64,19 +67,19 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     kinds = ("_parameters", "_buffers", "_modules")
     before = [(vars(m), dict(vars(m)), {k: dict(vars(m)[k]) for k in kinds}) for m in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)  # a cache of keys and values is no part of a forward pass
+    buffers = copies_of_buffers(model)
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    cached = [c for c in configs.values() if getattr(c, "use_cache", False)]  # of keys and values: no part of a pass
     devices = {p.device.index for p in model.parameters() if p.is_cuda} - {None}
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             model.eval()
-            if config is not None and cached:
+            for config in cached:
                 config.use_cache = False
             yield
         finally:
-            if config is not None and cached:
-                config.use_cache = cached
+            for config in cached:
+                config.use_cache = True
             for now, attributes, tables in before:
                 for name in [name for name in now if name not in attributes]:
                     del now[name]
@@ -85,9 +88,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     now[kind].clear()
                     now[kind].update(table)
             with torch.no_grad():
-                for buffer, old in buffers:
+                for buffer, old in buffers.values():
                     if not torch.equal(buffer, old):
                         buffer.copy_(old)
+
+
+def copies_of_buffers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return a model's dense buffers by name, each with a copy."""
+    dense = {name: b for name, b in model.named_buffers() if b.layout == torch.strided}
+    return {name: (buffer, buffer.detach().clone()) for name, buffer in dense.items()}
 
 
 # ---------------------------------------------------------------- graphs
@@ -103,6 +112,7 @@ class Traced:
     output: fx.Node  # the logits
     by: str  # "torch.fx" or "torch.export"
     sizes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)  # of inputs: fixed, or a name for equal ones
+    guards: Callable[..., Any] | None = None  # raises AssertionError for inputs that the graph is not right for
     replaced: dict[str, nn.Module] = field(default_factory=dict)  # copies of layers in place, which are not
 
     def get(self, target: Any) -> Any:
@@ -119,6 +129,54 @@ def name_of(node: fx.Node) -> str:
     return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
 
 
+def _is_layer(m: nn.Module) -> bool:
+    """Whether a module is a layer of a library, known to hold no residual addition, which stays whole."""
+    library = type(m).__module__
+    if library.startswith("torch.nn") or isinstance(m, _BatchNorm):
+        return not isinstance(m, (nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.Transformer))
+    return not any(m.children()) and library.startswith(("timm.layers", "torchvision.ops"))
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def refuse_hooks(model: nn.Module, *, layers: bool) -> None:
+    """Raise Unsupported for a hook on a module that a chain takes apart, where the hook would never be called.
+
+    Hooks on layers that stay whole are called in the chain as in the model, unless ``layers`` are taken apart, too.
+    Those of `torch.nn.utils`, such as ``weight_norm``, belong to the layer.
+    """
+    for name, module in model.named_modules():
+        hooks = [hook for table in HOOKS for hook in getattr(module, table).values()]
+        own = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
+        if own and (layers or not _is_layer(module)):
+            raise Unsupported(
+                f"{name or 'the model'} has a hook ({getattr(own[0], '__name__', type(own[0]).__name__)}), which a "
+                "chain would not call, since it takes that module apart. Remove it (handle.remove()) before unravel, "
+                "and put hooks on the chain's parts instead: chain.units[0].register_forward_hook(…)"
+            )
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that may be assigned to in part, and that has a length."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        before = fx.Proxy(self.node, self.tracer)
+        self.node = self.tracer.create_proxy("call_function", assigned, (before, index, value), {}).node
+
+
+def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
+    """Return a copy of a tensor in which a part is replaced."""
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return a value as it is: it stands for a state where other operations read the same value, too."""
+    return x
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracing that does not look into ``leaves``, nor into layers known to hold no residual addition."""
 
@@ -127,12 +185,17 @@ class _Tracer(fx.Tracer):
         self.leaves = {id(module) for module in leaves}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) in self.leaves or isinstance(m, _BatchNorm):
-            return True
-        library = type(m).__module__
-        if library.startswith("torch.nn"):
-            return not isinstance(m, (nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.Transformer))
-        return not any(m.children()) and library.startswith(("timm.layers", "torchvision.ops"))
+        return id(m) in self.leaves or _is_layer(m)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+def _length(x: Any, length: Callable[[Any], int] = len) -> Any:
+    """Return the length of anything, which for a tensor while it is traced is a size that stays free."""
+    if isinstance(x, fx.Proxy):
+        return x.size(0)
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() else length(x)
 
 
 def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) -> Traced:
@@ -152,7 +215,8 @@ def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) ->
         given = list(bound.arguments)
         bound.apply_defaults()
     defaults = {name: p.default for name, p in signature.parameters.items() if name not in given}
-    graph = _Tracer(leaves).trace(model, concrete_args=defaults or None)
+    with patch.object(builtins, "len", _length):
+        graph = _Tracer(leaves).trace(model, concrete_args=defaults or None)
     constants = {n.target: getattr(model, n.target) for n in graph.nodes if n.op == "get_attr" and "." not in n.target}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = {n: name for n, name in zip(placeholders, signature.parameters, strict=True) if name in given}
@@ -172,16 +236,18 @@ def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) ->
 class _Shapes(fx.Interpreter):
     """Runs a graph, and notes the shapes of all values."""
 
+    extra_traceback = False
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            n.meta["shape"] = value.shape
+            n.meta |= {"shape": value.shape, "dtype": value.dtype}
         return value
 
 
 def _copied(x: Any) -> Any:
     """Copy the tensors in an example: tracing may leave marks on them that a second attempt stumbles over."""
-    return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, x)
+    return tree_map_only(Tensor, lambda t: t.detach().clone(), x)
 
 
 def trace_by_export(model: nn.Module, x: Any) -> Traced:
@@ -189,7 +255,7 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
     given = arguments(x)
     if {len(t) for t in tree_leaves(given) if isinstance(t, Tensor) and t.dim()} == {1}:
         # torch.export takes a size of one for a constant, so that a batch of one is traced as one of two
-        doubled = tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t, given)
+        doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, given)
         try:
             traced = _export(model, *doubled)
         except Exception:
@@ -202,22 +268,21 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     from torch.fx.experimental.symbolic_shapes import is_concrete_int  # sympy with it: as slow to import as torch
 
-    def free_sizes(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return None
-        dims = range(t.dim()) if not t.is_floating_point() or t.dim() == 3 else range(min(t.dim(), 1))
-        return dict.fromkeys(dims, torch.export.Dim.AUTO)
-
-    names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     before = logging.root.manager.disable
     logging.disable()  # a failure is told by its exception
     try:
-        shapes = {name: free_sizes(t) for name, t in zip(names, [*args, *kwargs.values()], strict=True)}
-        program = torch.export.export(model, *_copied((args, kwargs)), dynamic_shapes=shapes, strict=False)
+        with patch.object(builtins, "len", _length):
+            copies, shapes = _copied((args, kwargs)), torch.export.ShapesCollection()
+            for t in tree_leaves(copies):
+                if isinstance(t, Tensor):
+                    shapes[t] = dict.fromkeys(free_dims(t), torch.export.Dim.AUTO)
+            program = torch.export.export(model, *copies, dynamic_shapes=shapes, strict=False)
     except Exception:
         program = torch.export.export(model, *_copied((args, kwargs)), strict=False)
     finally:
         logging.disable(before)
+    if any(name_of(node) in FUNCTIONALIZED for node in program.graph.nodes):
+        program = program.run_decompositions({})  # writes to parts, and what runs under autocast, as plain operations
     module = program.module()
     with torch.no_grad():
         output = model(*args, **kwargs)
@@ -225,20 +290,36 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     nodes = module.graph.nodes
     placeholders = [node for node in nodes if node.op == "placeholder"]
     names = [str(node.target) for node in placeholders]
-    if not kwargs:
-        names = list(inspect.signature(model.forward).parameters)[: len(placeholders)]
+    parameters = list(inspect.signature(model.forward).parameters.values())[: len(placeholders)]
+    if not kwargs and len(parameters) == len(placeholders) and parameters[-1].kind != inspect.Parameter.VAR_POSITIONAL:
+        names = [parameter.name for parameter in parameters]
     inputs = dict(zip(placeholders, names, strict=True))
+    guards = getattr(getattr(module, "_guards_fn", None), "forward", None)
+    try:
+        if guards is not None:
+            guards(*tree_leaves((args, kwargs)))
+    except Exception:  # it cannot say its own names, as with **kwargs
+        guards = None
     _drop_casts(module.graph)
     results = tree_leaves(next(node for node in nodes if node.op == "output").args)
     sizes = {}
     for node in nodes:
         if isinstance(node.meta.get("val"), Tensor):
-            node.meta["shape"] = shape = node.meta["val"].shape
+            node.meta |= {"shape": node.meta["val"].shape, "dtype": node.meta["val"].dtype}
+            shape = node.meta["shape"]
             if node in inputs and (len(inputs) > 1 or any(map(is_concrete_int, shape))):
                 sizes[inputs[node]] = tuple(int(size) if is_concrete_int(size) else str(size) for size in shape)
     lookup = operator.attrgetter
-    traced = Traced(module.graph, lambda t: lookup(t)(module), inputs, results[position], "torch.export", sizes)
+    traced = Traced(module.graph, lambda t: lookup(t)(module), inputs, results[position], "torch.export", sizes, guards)
     return _out_of_place(traced)
+
+
+FUNCTIONALIZED = ("copy_", "fill_", "index_put_", "wrap_with_autocast")
+
+
+def free_dims(t: Tensor) -> range:
+    """Return which sizes of an input are to stay free: the batch, and that of sequences."""
+    return range(t.dim() if not t.is_floating_point() or t.dim() == 3 else min(t.dim(), 1))
 
 
 def _drop_casts(graph: fx.Graph) -> None:
@@ -273,7 +354,7 @@ def _out_of_place(traced: Traced) -> Traced:
             other.__dict__ = dict(vars(module), inplace=False)
         elif node.kwargs.get("inplace"):
             node.kwargs = dict(node.kwargs, inplace=False)
-        elif node.target in IN_PLACE:
+        elif name in IN_PLACE:
             node.target = getattr(operator, name[1:])
         elif node.target is operator.setitem or (mutable and name in ("copy_", "fill_")):
             if base.op == "get_attr":
@@ -292,3 +373,48 @@ def _out_of_place(traced: Traced) -> Traced:
             continue
         base.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
     return traced
+
+
+def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
+    """Write additions that are part of an operation on two values of the stream as ones of their own; tell if any is.
+
+    Such are ``addcmul``, ``lerp``, ``addmm`` and ``baddbmm``, the sum over a stack, and the 0 of Python's ``sum``.
+    """
+    graph, found = traced.graph, False
+    for node in [node for node in graph.nodes if node in stream]:
+
+        def call(function: Callable[..., Any], *args: Any, node: fx.Node = node) -> fx.Node:
+            with graph.inserting_before(node):
+                new = graph.call_function(function, args)
+            new.meta = dict(node.meta, split=True)
+            return new
+
+        name, args, options = name_of(node), list(node.args), dict(node.kwargs)
+        if name == "lerp" and "weight" in options:
+            args.append(options.pop("weight"))
+        active = [isinstance(arg, fx.Node) and arg in stream for arg in args]
+        fused = len(args) == 3 and active[0] and any(active[1:])
+        stack = args[0] if name == "sum" and isinstance(args[0], fx.Node) and name_of(args[0]) == "stack" else None
+        if name == "add" and args[0] == 0 and isinstance(args[1], fx.Node):
+            new = args[1]
+        elif stack is not None:
+            over = [*args[1:], *options.values()]
+            along = [*stack.args[1:], *stack.kwargs.values(), 0][0]
+            if over not in ([along], [[along]]):
+                continue
+            new = reduce(partial(call, torch.add), cast("list[fx.Node]", stack.args[0]))
+        elif fused and name == "lerp":
+            rest = call(operator.sub, 1, args[2])
+            new = call(torch.add, call(torch.mul, args[0], rest), call(torch.mul, args[1], args[2]))
+        elif fused and name == "addcmul":
+            product = call(torch.mul, args[1], args[2])
+            new = call(torch.add, args[0], call(torch.mul, product, options["value"]) if options else product)
+        elif fused and name in ("addmm", "baddbmm") and not options:
+            new = call(torch.add, args[0], call(torch.matmul, args[1], args[2]))
+        else:
+            continue
+        found = True
+        node.replace_all_uses_with(new)
+        traced.output = new if node is traced.output else traced.output
+        graph.erase_node(node)
+    return found

@@ -1,0 +1,498 @@
+"""`unravel` on small constructions, one a kind of network: each with its units said beforehand, or its refusal."""
+
+import collections
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from unravelling import gradient_by_length, unravel
+from unravelling.tracing.trace import Unsupported
+
+
+def linear():
+    return nn.Linear(8, 8)
+
+
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.ln, self.a, self.b, self.id = nn.LayerNorm(8), linear(), linear(), nn.Identity()
+        self.g, self.f = nn.Parameter(torch.randn(8)), f
+
+    def forward(self, x):
+        return self.f(self, x)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, f, body):
+        super().__init__()
+        self.i, self.m, self.o, self.body, self.f = linear(), linear(), linear(), body, f
+
+    def forward(self, x):
+        return self.f(self, x)
+
+
+def seeded(build):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build().eval()
+
+
+def body(f, blocks=3):
+    return nn.Sequential(*(Block(f) for _ in range(blocks)))
+
+
+def net(f, blocks=3):
+    return seeded(lambda: nn.Sequential(linear(), *body(f, blocks), linear()))
+
+
+def wrapped(f, inner=lambda: body(add)):
+    return seeded(lambda: Wrapped(f, inner()))
+
+
+def add(s, x):
+    return x + s.a(s.ln(x))
+
+
+def exact(chain, model, x=X, units=None, rounding=0.0):
+    """The chain's logits are the model's, its gradients too, every length of paths sums to the whole, and 2 checks."""
+    args = x if isinstance(x, tuple) else (x,)
+    with torch.no_grad():
+        assert (chain(x) - model(*args)).abs().max() <= rounding
+    chain.verify(x)
+    if units is not None:
+        assert len([u for u in chain.units if u.residual]) == len(chain) == units
+    y = torch.zeros(len(chain(x)), dtype=torch.long)
+    summed = gradient_by_length(chain, x, y).sum(0)
+    state = chain.stem(x).detach().requires_grad_()
+    out = state
+    for unit in chain.units:
+        out = unit(out)
+    expected = torch.autograd.grad(F.cross_entropy(chain.head(out), y), state)[0]
+    assert torch.allclose(summed, expected, rtol=1e-4, atol=rounding + 1e-7)
+
+
+def quiet(model, x=X, **options):
+    """Unravel without any warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return unravel(model, x, **options)
+
+
+# ---------------------------------------------------------------- every addition is accounted for
+
+SECOND = {
+    "no weights": lambda s, x: add(s, x + (x.roll(1, -1) - x)),
+    "identity": lambda s, x: s.id(h := add(s, x)) + s.b(torch.tanh(h)),
+    "addcmul": lambda s, x: torch.addcmul(h := add(s, x), s.g, s.b(h)),
+    "addcmul value": lambda s, x: torch.addcmul(h := add(s, x), s.g, s.b(h), value=0.5),
+    "lerp": lambda s, x: torch.lerp(h := add(s, x), s.b(h), 0.25),
+    "lerp method": lambda s, x: (h := add(s, x)).lerp(s.b(h), torch.full((8,), 0.25)),
+    "stack": lambda s, x: torch.stack([h := add(s, x), s.b(h)]).sum(0),
+    "stack last": lambda s, x: torch.stack([s.b(h := add(s, x)), h], -1).sum(dim=-1),
+    "python sum": lambda s, x: sum([h := add(s, x), s.b(h)]),
+    "addmm": lambda s, x: torch.addmm(h := add(s, x), torch.tanh(h), s.b.weight),
+}
+
+
+@pytest.mark.parametrize("kind", SECOND)
+def test_fused_and_plain_additions_are_units(kind):
+    model = net(SECOND[kind])
+    chain = quiet(model)
+    exact(chain, model, units=6, rounding=1e-6)
+    assert not any("additions became units" in note for note in chain.notes)
+
+
+def test_a_deleted_lerp_is_an_edit_of_the_source():
+    model = net(SECOND["lerp"])
+    chain = unravel(model, X)
+    for i in range(3):
+        other = copy.deepcopy(model)
+        nn.init.zeros_(other[i + 1].b.weight)
+        nn.init.zeros_(other[i + 1].b.bias)
+        assert torch.allclose(chain.without(2 * i + 1)(X), other(X), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("f", "where"),
+    [
+        (lambda s, x: s.o(s.m(x).sigmoid() * s.body(s.i(x))), None),
+        (lambda s, x: s.o(s.m(h := s.i(x)).sigmoid() * s.body(h)), None),
+        (lambda s, x: s.o((h := s.i(x)) + s.m(s.body(h))), "the head"),
+    ],
+    ids=["gate", "gate of y_0", "long skip"],
+)
+def test_blocks_beside_another_way_are_units(f, where):
+    model = wrapped(f)
+    chain = unravel(model, X)
+    exact(chain, model, units=3)
+    told = [note for note in chain.notes if "3 of 4 additions became units; the rest lie in" in note]
+    assert bool(told) == (where is not None)
+    assert all(where in note for note in told)
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other.body[1].a.weight)
+    nn.init.zeros_(other.body[1].a.bias)
+    assert torch.equal(chain.without(1)(X), other(X))
+
+
+def test_the_first_state_is_read_by_every_block():
+    class Anchored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.o, self.blocks = linear(), linear(), body(lambda s, x: s.a(torch.tanh(s.ln(x))), 6)
+
+        def forward(self, x):
+            y = first = self.i(x)
+            for block in self.blocks:
+                h = 0.9 * y + 0.1 * first
+                y = h + block(h)
+            return self.o(y)
+
+    model = seeded(Anchored)
+    chain = unravel(model, X)
+    exact(chain, model, units=6)
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other.blocks[2].a.weight)
+    nn.init.zeros_(other.blocks[2].a.bias)
+    assert torch.equal(chain.without(2)(X), other(X))
+
+
+def test_additions_that_are_no_units_are_told_of():
+    inner = lambda s, x: x + s.b((h := s.ln(x)) + s.a(h))  # noqa: E731
+    with pytest.warns(UserWarning, match=r"^3 of 6 additions became units; the rest lie in the branch of 1 \(1\), the"):
+        chain = unravel(net(inner), X)
+    assert any("3 of 6 additions" in note for note in chain.notes)
+    assert quiet(net(add), X).notes == []
+
+
+# ---------------------------------------------------------------- sizes
+
+
+class Sized(nn.Module):
+    """Tokens, whose forward decides by how many there are."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.i, self.blocks, self.o, self.decide = linear(), body(add), linear(), decide
+
+    def forward(self, x):
+        return self.o(self.decide(x, self.blocks(self.i(x))))
+
+
+@pytest.mark.parametrize("limit", [12, 10])
+def test_guards_of_export_are_enforced(limit):
+    model = seeded(lambda: Sized(lambda x, y: y if x.shape[1] <= limit else y.flip(1)))
+    sequences = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
+    chain = unravel(model, sequences[:, :10])
+    for length in (5, 10):
+        assert torch.equal(chain(sequences[:, :length]), model(sequences[:, :length]))
+    with pytest.raises(ValueError, match=rf"other sizes .*{limit}.*Unravel the model with an example of the new size"):
+        chain(sequences[:, :13])
+    assert torch.equal(unravel(model, sequences)(sequences), model(sequences))
+
+
+def test_sizes_stay_free_with_len_args_and_kwargs():
+    class Free(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.i, self.blocks, self.o, self.kind = linear(), body(add), linear(), kind
+
+        def forward(self, x, *args, **kwargs):
+            y = self.blocks(self.i(x)).reshape(len(x), -1, 8)
+            return self.o(y + args[0][:, None] if args else y + kwargs["z"][:, None] if kwargs else y)
+
+    x, z = torch.randn(6, 5, 8), torch.randn(6, 8)
+    for example in ((x,), (x, z), {"x": x, "z": z}):
+        some = {k: v[:3] for k, v in example.items()} if isinstance(example, dict) else tuple(v[:3] for v in example)
+        model = seeded(lambda: Free(0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            chain = unravel(model, some)
+        expected = model(**example) if isinstance(example, dict) else model(*example)
+        assert torch.equal(chain(example), expected)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrappers_are_looked_through(wrap):
+    model = net(add)
+    exact(unravel(wrap(model), X[:1]), model, units=3)
+
+
+# ---------------------------------------------------------------- hooks
+
+
+def test_hooks_on_blocks_are_refused_before_they_are_called():
+    model, seen = net(add), []
+    handle = model[2].register_forward_hook(lambda module, args, output: seen.append(output))
+    with pytest.raises(Unsupported, match=r"^2 has a hook \(<lambda>\).*handle\.remove\(\)"):
+        unravel(model, X)
+    assert seen == []
+    handle.remove()
+    exact(unravel(model, X), model, units=3)
+
+
+def test_hooks_on_layers_are_called_in_the_chain_as_in_the_model():
+    model = net(add)
+    model[2].a.register_forward_hook(lambda module, args, output: 2 * output)
+    nn.utils.weight_norm(model[1].a)
+    chain = unravel(model, X)
+    exact(chain, model, units=3)
+    seen = []
+    model[1].ln.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    chain(X)
+    assert seen == [torch.Tensor]
+
+
+# ---------------------------------------------------------------- layers between the additions
+
+
+def test_layers_between_additions_follow_the_first():
+    def mixer():
+        block = lambda: nn.Sequential(Block(add), linear(), nn.GELU(), nn.LayerNorm(8))  # noqa: E731
+        return nn.Sequential(linear(), block(), block(), block(), linear())
+
+    model = seeded(mixer)
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    assert all(unit.has_identity_skip and not unit.is_transition for unit in chain.units)
+    assert [len(unit.post) for unit in chain.units] == [3, 3, 3]
+    swapped = copy.deepcopy(model)
+    swapped[1], swapped[3] = swapped[3], swapped[1]
+    assert torch.equal(chain.reordered([2, 1, 0])(X), swapped(X))
+
+
+def test_reshapes_within_a_block_are_no_transitions():
+    def f(s, x):
+        x = add(s, x)
+        y = x.reshape(len(x), -1, 8)
+        return (y + s.b(torch.tanh(y))).reshape(x.shape)
+
+    images = torch.randn(2, 3, 3, 8)
+    model = net(f)
+    chain = quiet(model, images)
+    assert torch.equal(chain(images), model(images))
+    assert not any(unit.is_transition for unit in chain.units)
+    assert len(chain) == 6
+
+
+# ---------------------------------------------------------------- refused though clean
+
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time, self.i, self.blocks, self.o = linear(), linear(), body(lambda s, x: s.a(s.ln(x))), linear()
+
+    def forward(self, t, x):
+        t, y = self.time(t), self.i(x)
+        for block in self.blocks:
+            y = y + block(y + t)
+        return self.o(y)
+
+
+def test_the_stream_is_found_or_named():
+    model, inputs = seeded(Conditioned), (X.flip(0), X)
+    with pytest.warns(UserWarning, match="stream starts at 'x'"):
+        chain = unravel(model, inputs)
+    exact(chain, model, inputs, units=3)
+    exact(quiet(model, inputs, stream="x"), model, inputs, units=3)
+    with pytest.raises(ValueError, match=r"stream='y' names no input that the model uses: these are t, x"):
+        unravel(model, inputs, stream="y")
+
+
+def test_values_of_a_shape_alone_are_shared_by_the_blocks():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.blocks, self.o = linear(), body(lambda s, x: s.a(s.ln(x))), linear()
+
+        def forward(self, x):
+            y, ranks = self.i(x), None
+            for k, block in enumerate(self.blocks):
+                y = y + block(y)
+                ranks = torch.ones_like(y).cumsum(1) if k == 0 else ranks
+                y = y * ranks
+            return self.o(y)
+
+    model = seeded(Counting)
+    exact(quiet(model), model, units=3)
+
+
+def test_assignment_to_a_fresh_tensor_within_a_branch():
+    def f(s, x):
+        z = torch.zeros_like(x)
+        z[:, :4] = s.a(s.ln(x))[:, :4]
+        z[:, 4:] += s.b(x)[:, 4:]
+        return x + z
+
+    model = net(f)
+    exact(quiet(model), model, units=3)
+
+
+def test_networks_of_lora_layers_are_told_of():
+    class Lora(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.down, self.up = linear(), nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    with pytest.warns(UserWarning, match="no identity beside their branch.*LoRA"):
+        chain = unravel(seeded(lambda: nn.Sequential(Lora(), nn.ReLU(), Lora(), nn.ReLU(), Lora(), linear())), X)
+    assert len(chain) == 3
+
+
+def test_refusals_name_the_cause_and_modules():
+    def highway(s, x):
+        t = torch.sigmoid(s.a(x))
+        return t * torch.relu(s.b(x)) + (1 - t) * x
+
+    with pytest.raises(Unsupported, match=r"gated, as in a highway network.*\(3 times, first in 1\)"):
+        unravel(net(highway), X)
+
+    def shuffle(s, x):
+        a, b = x.chunk(2, 1)
+        return torch.cat([a, s.a(F.pad(b, (0, 4)))[:, :4]], 1)
+
+    with pytest.raises(Unsupported, match=r"3 concatenations \(the first in 1\), as .*a ShuffleNet has"):
+        unravel(net(shuffle), X)
+
+
+# ---------------------------------------------------------------- crashes
+
+
+def under(region):
+    def f(s, x):
+        with region():
+            a, b = s.ln(x).chunk(2, -1)
+            return x + s.a(torch.cat([b, a], -1))
+
+    return net(f)
+
+
+def test_blocks_under_autocast():
+    model = under(lambda: torch.autocast("cpu", torch.bfloat16))
+    exact(unravel(model, X), model, units=3, rounding=0.02)
+
+
+def test_blocks_without_gradient_are_refused_in_words():
+    with pytest.raises(Unsupported, match="no_grad"):
+        unravel(under(torch.no_grad), X)
+
+
+def test_scripts_and_compiled_programs_are_refused_in_words():
+    for model in (torch.jit.trace(net(add), X), torch.jit.script(nn.Sequential(linear(), linear()))):
+        with pytest.raises(Unsupported, match="TorchScript"):
+            unravel(model, X)
+
+
+def test_sparse_buffers_and_named_tuples(capfd):
+    Batch = collections.namedtuple("Batch", ["x", "scale"])
+
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.blocks, self.o = linear(), body(lambda s, x: s.a(s.ln(x))), linear()
+            self.register_buffer("adjacency", torch.eye(2).flip(0).to_sparse())
+
+        def forward(self, x, scale):
+            y = self.i(x) * scale
+            for block in self.blocks:
+                y = y + torch.sparse.mm(self.adjacency, block(y))
+            return self.o(y)
+
+    model, batch = seeded(Graph), Batch(X, X.abs())
+    chain = unravel(model, batch, stream="x")
+    assert torch.equal(chain(batch), model(*batch))
+    assert len(chain) == 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_only_runs_without_gradients():
+    model = net(add)
+    with torch.no_grad():
+        chain = unravel(model, X)
+    exact(chain, model, units=3)
+
+
+def test_warnings_point_at_the_caller():
+    with pytest.warns(UserWarning, match="training mode") as caught:
+        unravel(net(add).train(), X)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+# ---------------------------------------------------------------- other streams
+
+
+def test_a_stack_of_residual_lstm_layers():
+    """In the manner of Wu et al. (2016): from the second layer on, each adds its input to its output."""
+
+    class Stack(nn.Module):
+        def __init__(self, layers=4):
+            super().__init__()
+            self.embedding, self.o = nn.Embedding(7, 8), nn.Linear(8, 7)
+            self.layers = nn.ModuleList(nn.LSTM(8, 8, batch_first=True) for _ in range(layers))
+
+        def forward(self, tokens):
+            y, _ = self.layers[0](self.embedding(tokens))
+            for layer in self.layers[1:]:
+                y = y + layer(y)[0]
+            return self.o(y)
+
+    model, tokens = seeded(Stack), torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(0))
+    chain = quiet(model, tokens)
+    assert [unit.name for unit in chain.units] == ["layers.1", "layers.2", "layers.3"]
+    table = chain.verify(tokens).set_index("check")
+    assert table.compared["deletion"] == 3
+    other = copy.deepcopy(model)
+    for parameter in other.layers[2].parameters():  # gates of zero: nothing comes out
+        nn.init.zeros_(parameter)
+    assert torch.equal(chain.without(1)(tokens), other(tokens))
+    longer = torch.randint(7, (3, 9))
+    assert torch.equal(chain(longer), model(longer))
+
+
+def test_a_subtracted_stream_and_its_forecasts_are_told_of():
+    """N-BEATS: what a block explains is subtracted from the stream, and its forecast added to another sum."""
+
+    class Doubly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(lambda s, x: (s.a(h := torch.relu(s.ln(x))), s.b(h))) for _ in range(3))
+
+        def forward(self, x):
+            total = 0
+            for block in self.blocks:
+                back, forecast = block(x)
+                x, total = x - back, total + forecast
+            return total
+
+    with pytest.raises(Unsupported, match="several streams"):
+        unravel(seeded(Doubly), X)
+    backcast = net(lambda s, x: x - s.a(s.ln(x)))
+    exact(unravel(backcast, X), backcast, units=3)
+
+
+def test_learned_multiples_of_the_stream_and_of_its_start():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.blocks, self.o = linear(), body(lambda s, x: s.a(torch.tanh(s.ln(x))), 4), linear()
+            self.r, self.z = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+
+        def forward(self, x):
+            y = first = self.i(x)
+            for k, block in enumerate(self.blocks):
+                y = self.r[k] * y + self.z[k] * first
+                y = y + block(y)
+            return self.o(y)
+
+    model = seeded(Mixed)
+    exact(unravel(model, X), model, units=4)
