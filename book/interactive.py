@@ -5,13 +5,17 @@ The static figures beside them show the same on paper, without a script, and in 
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import HTML
+from unravelling.data import digits
 from unravelling.stored import intact_error, stored
 from unravelling.wording import network_label
 
@@ -162,6 +166,62 @@ def reordering() -> HTML:
         "Reordering",
         "Choose a unit and move it: drag it, or use the buttons.",
     )
+
+
+def damage_map(seed: int = 0, reestimated: tuple[Sequence[int], np.ndarray] | None = None) -> HTML:
+    """Return the damage of every deletion in a stored ResNet-110 to every test digit, with the digits themselves.
+
+    Shown are loss and margin, the log odds of the true class, with and without the unit. The margin is what is stored
+    in the page, in steps of 1/500, and the loss follows from it.
+
+    Args:
+        seed: of the network.
+        reestimated: some units, and what the deletion of each takes from the margin of each test image, ``(N, units)``,
+            when batch norm is re-estimated before and after; the switch for it is left out when None.
+
+    Raises:
+        ValueError: there are no rows of this seed, their labels are not those of the test digits, or the re-estimated
+            damage has another shape.
+    """
+    rows = _table("digits/damage")
+    rows = rows[(rows["network"] == "resnet110") & (rows["seed"] == seed)]
+    if rows.empty:
+        raise ValueError(f"no damage of a ResNet-110 of seed {seed} is stored: choose one of digits/damage.csv")
+    data, step = digits(), 1 / 500
+    test = data.test
+    if rows["label"].tolist() != test.labels.tolist():
+        raise ValueError("digits/damage is not about the test digits, or not in their order: measure it again")
+    losses = rows.filter(regex=r"^unit\d+$").dropna(axis=1).to_numpy()  # what each deletion adds
+    intact = rows["loss"].to_numpy()[:, None]
+    losses = np.maximum(np.concatenate([intact, intact + losses], axis=1), 1e-9)
+    margins = np.rint(-(losses + np.log(-np.expm1(-losses))) / step)  # log odds, for large losses as well
+    content: dict[str, Any] = {
+        "network": f"ResNet-110, seed {seed}",
+        "units": margins.shape[1] - 1,
+        "step": step,
+        "labels": test.labels.tolist(),
+        "classes": list(data.classes),
+        "side": test.images.shape[-1],
+        "margins": base64.b64encode(margins.astype("<i2").tobytes()).decode(),
+        "pixels": base64.b64encode(np.rint(255 * _unit_range(test.images.numpy())).astype("u1").tobytes()).decode(),
+    }
+    if reestimated is not None:
+        units, damage = list(map(int, reestimated[0])), np.asarray(reestimated[1])
+        if damage.shape != (len(test), len(units)):
+            raise ValueError(f"re-estimated damage of shape {damage.shape}: expected {(len(test), len(units))}")
+        content["reestimated"] = {"units": units, "damage": [[round(float(v), 3) for v in row] for row in damage]}
+    return figure(
+        "damage_map",
+        content,
+        "Damage map",
+        "Point at a cell, or move by the arrow keys: what does this image lose without this unit?",
+    )
+
+
+def _unit_range(images: np.ndarray) -> np.ndarray:
+    """Return images scaled to run from 0 to 1, whatever they are stored as."""
+    images = images.astype(float)
+    return (images - images.min()) / (images.max() - images.min())
 
 
 def _table(name: str) -> pd.DataFrame:

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import kendalltau
+from sklearn.datasets import load_digits
+from unravelling.data import digits
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
@@ -22,7 +24,7 @@ import interactive  # noqa: E402  (it lies beside the notebooks that use it)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 INK = {"light": ("#fff", "#222"), "dark": ("#14181e", "#ced6dd")}
-NAMES = "lesion_bench", "unravelled_network", "path_lengths", "reordering"
+NAMES = "lesion_bench", "unravelled_network", "path_lengths", "reordering", "damage_map"
 MAKERS = {name: getattr(interactive, name) for name in NAMES}
 FIGURES = sorted(MAKERS)
 browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
@@ -468,3 +470,99 @@ def test_a_unit_moves_by_dragging(show):
     page.mouse.up()
     assert check_order(page, "digits", "plain20")[:4] == [1, 2, 0, 3]
     assert page.faults == []
+
+
+# -- damage map ----------------------------------------------------------------------------------------------
+
+
+def losses_of(image, unit, seed=0):
+    row = table("digits/damage").query("network == 'resnet110' and seed == @seed and image == @image").iloc[0]
+    return row["loss"], row["loss"] + row[f"unit{unit}"]
+
+
+def said_in(page):
+    """Image, unit, loss and margin with the unit, loss and margin without it."""
+    pattern = (r"Image (\d+), a .*: with unit (\d+) its loss is ([\d.]+) and its margin ([−\d.]+); "
+               r"without it, loss ([\d.]+) and margin ([−\d.]+)\.")
+    return [float(part.replace("−", "-")) for part in re.search(pattern, status(page)).groups()]
+
+
+def check_cell(page):
+    image, unit, *said = said_in(page)
+    with_it, without = losses_of(image, int(unit))
+    odds = [-np.log(np.expm1(value)) for value in (with_it, without)]
+    assert said == pytest.approx([with_it, odds[0], without, odds[1]], rel=5e-3, abs=6e-3)
+    return int(image), int(unit)
+
+
+@browser
+def test_map_says_what_an_image_loses(show):
+    page = show("damage_map")
+    cell = page.get_by_role("slider", name="Cell")
+    labels = table("digits/damage").query("network == 'resnet110' and seed == 0").set_index("image")["label"]
+    order = sorted(labels.index, key=lambda image: (labels[image], image))
+    assert check_cell(page) == (order[0], 0)
+    moves = ("ArrowRight", 0, 1), ("ArrowDown", 1, 1), ("End", 1, 53), ("Home", 1, 0), ("ArrowUp", 0, 0)
+    for key, row, unit in moves:
+        cell.press(key)
+        assert check_cell(page) == (order[row], unit)
+    cell.press("PageDown")
+    assert labels[check_cell(page)[0]] == 1
+    cell.press("PageUp")
+    assert check_cell(page) == (order[0], 0)
+    assert cell.get_attribute("aria-valuetext") == status(page)
+
+
+@browser
+def test_map_follows_the_pointer(show):
+    page = show("damage_map")
+    box = page.locator("canvas.map").bounding_box()
+    seen = set()
+    for x, y in ((0.1, 0.2), (0.5, 0.5), (0.99, 0.9)):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        seen.add(check_cell(page))
+        assert check_cell(page)[1] == int(54 * x)
+    assert len(seen) == 3
+
+
+@browser
+def test_map_shows_the_digit_and_its_colours(show):
+    page = show("damage_map")
+    read = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    image, _ = check_cell(page)
+    drawn = np.array(page.locator("canvas.digit").evaluate(read)).reshape(8, 8, 4)[..., 0]
+    ours = digits().test.images[image, 0].numpy().astype(float)
+    assert np.corrcoef(drawn.ravel(), ours.ravel())[0, 1] > 0.9999
+    everything = np.rint(load_digits().images / 16 * 255)
+    assert (np.abs(everything - drawn).max(axis=(1, 2)) <= 1).any()  # it is one of scikit-learn's
+    for scale in ("loss", "margin"):
+        choose(page, "Damage to the", scale)
+        colours = np.array(page.locator("canvas.map").evaluate(read)).reshape(-1, 54, 4)
+        row = table("digits/damage").query("network == 'resnet110' and seed == 0 and image == @image").iloc[0]
+        added = row.filter(regex=r"^unit\d+$").to_numpy(float)
+        strong = np.abs(added) > 0.05
+        assert strong.any()
+        assert ((colours[0, :, 0] > colours[0, :, 2]) == (added > 0))[strong].all()  # orange where the loss grows
+
+
+@browser
+def test_map_shows_the_damage_with_statistics_re_estimated(show):
+    damage = np.zeros((500, 2))
+    damage[:, 1] = np.arange(500) / 100
+    page = show("damage_map", markup=interactive.damage_map(0, ([7, 3], damage)).data)
+    image, _ = check_cell(page)
+    choose(page, "Damage to the", "margin, statistics re-estimated")
+    assert "Re-estimated are units 3 and 7 alone." in status(page)
+    cell = page.get_by_role("slider", name="Cell")
+    for _ in range(3):
+        cell.press("ArrowRight")
+    said = re.search(r"re-estimated the margin loses ([\d.]+)\.$", status(page))
+    assert float(said[1]) == pytest.approx(image / 100, abs=1e-3)
+    assert page.faults == []
+
+
+def test_map_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="seed 99"):
+        interactive.damage_map(99)
+    with pytest.raises(ValueError, match=r"expected \(500, 2\)"):
+        interactive.damage_map(0, ([1, 2], np.zeros((500, 3))))
