@@ -97,7 +97,8 @@ class Unravelled(Chain):
             and ``reason``, why numbers are not equal, or not compared.
 
         Raises:
-            ValueError: a difference exceeds the tolerance. The message names the first unit that fails.
+            ValueError: a difference exceeds the tolerance. The message names the first unit that fails. Or nothing
+                would be compared: the tolerance is no number, the input is empty, or the model returns NaN for it.
         """
         return verify(self, self._origin, x, tolerance)
 
