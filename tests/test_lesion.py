@@ -123,7 +123,8 @@ def test_whatever_the_memory_the_results_are_the_same(kind):
 def state_bytes(chain):
     """Bytes of all tensors that are no parameter or buffer of a chain."""
     own = {tensor.untyped_storage().data_ptr() for tensor in chain.state_dict().values()}
-    found = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    kinds = torch.Tensor, torch.nn.Parameter  # and not those that tracing leaves behind, which hold nothing
+    found = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in kinds]
     return sum({s.data_ptr(): s.nbytes() for s in found if s.data_ptr() not in own}.values())
 
 
