@@ -1,98 +1,359 @@
-"""Side-by-side speed of what the library does and of the usual way: ``make bench``.
+"""Side-by-side speed of what the library does and of what one would otherwise run: ``make bench``.
 
-The arms are interleaved, after one unmeasured round each. Every arm is reported by its minimum and median in seconds
-and by its ratio to the first. Nothing here is a test.
+The arms of a comparison are interleaved, after one unmeasured round, and first give the same results. The table goes
+to ``benchmarks/results.csv``, from which a page of the book is made; nothing here is a test. ``--only training`` runs
+one group and leaves the others' rows as they are.
 """
 
-import argparse
-import itertools
-import statistics
-import time
-from collections.abc import Callable
+from __future__ import annotations
 
+import argparse
+import contextlib
+import datetime
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
 import torch
+from captum.attr import LayerFeatureAblation
+from measuring import Arms, LiveBytes, compare
+from nnsight import NNsight
 from torch import Tensor
+from torch.autograd import grad
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from unravelling import RECIPES, Chain, build, digits, fit, gradient_by_length
-from unravelling.lesion import evaluate_variants
+from torchvision.transforms import v2
+from unravelling import RECIPES, Chain, Dataset, Split, build, digits, fit, gradient_by_length, unravel
+from unravelling.lesion import delete_each, evaluate_variants, variant_logits
+from unravelling.paths import sample_path_gradients
+from unravelling.train import evaluate
 
-Arms = dict[str, Callable[[], object]]
-
-
-def compare(title: str, arms: Arms, rounds: int) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for lap, (name, arm) in itertools.product(range(rounds + 1), arms.items()):
-        start = time.perf_counter()
-        arm()
-        if lap:
-            seconds[name].append(time.perf_counter() - start)
-    print(f"\n{title} ({rounds} rounds, {torch.get_num_threads()} threads)")
-    first = statistics.median(next(iter(seconds.values())))
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        print(f"  {name:34s} min {min(times):8.3f} s   median {median:8.3f} s   {median / first:6.2f} × the first")
+RESULTS = Path(__file__).parent / "results.csv"
+Tables = Iterator[pd.DataFrame]
 
 
-def deletions(network: str) -> Arms:
-    chain, data = build(network, "digits").eval(), digits()
-    batches = data.test.batches()
-    intact = tuple(range(len(chain)))
-    variants = [intact, *((*intact[:i], ~i, *intact[i + 1 :]) for i in intact)]
-
-    def hooks() -> None:
-        """Replace a unit's output by its skip with a forward hook: the whole network runs every time."""
-        for unit in chain.units:
-            handle = unit.register_forward_hook(lambda unit, inputs, output: unit.post(unit.skip(*inputs)))
-            run(chain, batches)
-            handle.remove()
-
-    def naive() -> None:
-        for i in intact:
-            run(chain.without(i), batches)
-
-    return {"shared prefixes": lambda: evaluate_variants(chain, batches, variants), "a loop": naive, "hooks": hooks}
+def images(shape: tuple[int, ...], classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return noise of the shape ``(B, C, H, W)`` and labels: seconds do not depend on what is to be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator), torch.randint(classes, shape[:1], generator=generator)
 
 
-def run(chain: Chain, batches: list[tuple[Tensor, Tensor]]) -> None:
+# ---------------------------------------------------------------- deletions
+
+
+def loop(chain: Chain, x: Any) -> Tensor:
+    """Delete every unit in turn and run the whole network each time."""
     with torch.inference_mode():
-        for x, _ in batches:
-            chain(x)
+        return torch.stack([chain.without(i)(x) for i in range(len(chain))])
 
 
-def spectra(network: str) -> Arms:
-    chain = build(network, "digits").eval()
-    x, y = digits().test.batches(32)[0]
-    return {
-        "forward and backward": lambda: cross_entropy(chain(x), y).backward(),
-        "exact gradient by length": lambda: gradient_by_length(chain, x, y),
+def hooks(chain: Chain, x: Any) -> Tensor:
+    """Replace each unit's output by its skip with a forward hook."""
+    found = []
+    for unit in chain.units:
+        handle = unit.register_forward_hook(lambda unit, inputs, output: unit.post(unit.skip(*inputs)))
+        with torch.inference_mode():
+            found.append(chain(x))
+        handle.remove()
+    return torch.stack(found)
+
+
+def captum(chain: Chain, x: Tensor) -> Tensor:
+    """Set each branch's output to zero with captum, which returns the difference of the first logit."""
+    whole = torch.zeros(1, 1, 1, 1, dtype=torch.long)  # all of the output is one feature
+    with torch.inference_mode():
+        intact = chain(x)[:, 0]
+    found = []
+    for unit in chain.units:
+        ablation = LayerFeatureAblation(chain, unit.branch)
+        difference = ablation.attribute(x, layer_baselines=0, layer_mask=whole, target=0)
+        found.append(intact - difference.flatten(1)[:, 0].detach())
+    return torch.stack(found)
+
+
+def nnsight(chain: Chain, x: Tensor) -> Tensor:
+    """Skip each branch with nnsight, for zeros of the shape that the unit's skip returns."""
+    model, found = NNsight(chain), []
+    for i, unit in enumerate(chain.units):
+        with torch.inference_mode(), model.trace(x):
+            branch = model.units[i].branch
+            branch.skip(torch.zeros_like(unit.skip(branch.input)))
+            logits = model.output.save()
+        found.append(logits)
+    return torch.stack(found)
+
+
+def deletions(rounds: int) -> Tables:
+    """Delete each unit: of the paper's network at two sizes of image, of a ResNet-50, of a language model."""
+    from torchvision.models import resnet50
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small, large = build("resnet110", "digits").eval(), build("resnet110", "cifar10").eval()
+    cases = [(f"ResNet-110, 8 × 8, batch {batch}", small, *images((batch, 1, 8, 8))) for batch in (8, 32, 128, 500)]
+    cases.append(("ResNet-110, 32 × 32, batch 128", large, *images((128, 3, 32, 32))))
+    x, y = images((4, 3, 224, 224), 1000)
+    cases.append(("ResNet-50, 224 × 224, batch 4", unravel(resnet50().eval(), x), x, y))
+    gpt = GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=256, n_head=4, vocab_size=1000, n_positions=128)).eval()
+    tokens = torch.randint(1000, (4, 64), generator=torch.Generator().manual_seed(0))
+    cases.append(("GPT-2, 12 layers of 256, 4 × 64 tokens", unravel(gpt, tokens), tokens, tokens))
+    for setting, chain, x, y in cases:
+        intact = tuple(range(len(chain)))
+        ours, _ = variant_logits(chain, [(x, y)], [(*intact[:i], ~i, *intact[i + 1 :]) for i in intact])
+        arms: Arms = {
+            "delete_each": lambda chain=chain, x=x, y=y: delete_each(chain, [(x, y)]),
+            "a loop over without": lambda chain=chain, x=x: loop(chain, x),
+            "forward hooks": lambda chain=chain, x=x: hooks(chain, x),
+        }
+        torch.testing.assert_close(loop(chain, x), torch.from_numpy(ours), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(hooks(chain, x), torch.from_numpy(ours), atol=1e-4, rtol=1e-4)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            torch.testing.assert_close(captum(chain, x), torch.from_numpy(ours[..., 0]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(nnsight(chain, x), torch.from_numpy(ours), atol=1e-4, rtol=1e-4)
+            arms["captum, LayerFeatureAblation"] = lambda chain=chain, x=x: captum(chain, x)
+            arms["nnsight, skip"] = lambda chain=chain, x=x: nnsight(chain, x)
+        yield compare("delete each unit", setting, arms, rounds, chain=chain)
+
+
+def many(rounds: int) -> Tables:
+    """Hundreds of lesions of one network: random deletions, in float32 and in bfloat16."""
+    chain, (x, y) = build("resnet110", "digits").eval(), digits().test.batches(128)[0]
+    random, n = np.random.default_rng(0), len(chain)
+    gone = [set(random.choice(n, 10, replace=False).tolist()) for _ in range(100)]
+    variants = [tuple(~i if i in drawn else i for i in range(n)) for drawn in gone]
+
+    def one_by_one() -> None:
+        with torch.inference_mode():
+            for drawn in gone:
+                chain.without(*drawn)(x)
+
+    def half() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            evaluate_variants(chain, [(x, y)], variants)
+
+    arms: Arms = {
+        "evaluate_variants": lambda: evaluate_variants(chain, [(x, y)], variants),
+        "a loop over without": one_by_one,
+        "evaluate_variants in bfloat16": half,
     }
+    yield compare("100 draws of 10 deletions", "ResNet-110, 8 × 8, batch 128", arms, rounds, chain=chain)
 
 
-def training(network: str) -> Arms:
-    data, recipe = digits(), RECIPES["digits"]
+# ---------------------------------------------------------------- gradients
 
-    def usual() -> None:
-        """Run one epoch the ordinary way: DataLoader over float images, NCHW."""
-        chain = build(network, "digits")
-        images = data.train.normalize(data.train.images).contiguous()
-        loader = DataLoader(TensorDataset(images, data.train.labels), recipe.batch_size, shuffle=True, drop_last=True)
-        optimizer = torch.optim.SGD(chain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-        for x, y in loader:
-            optimizer.zero_grad()
-            cross_entropy(chain(x), y).backward()
-            optimizer.step()
 
-    return {
-        "fit, one epoch": lambda: fit(build(network, "digits"), data, recipe, stop_after=1, progress=False),
-        "DataLoader, one epoch": usual,
+def gradients(rounds: int) -> Tables:
+    """The gradient by path length, beside one backward pass through all branches, and beside the paper's sampling."""
+    chain, (x, y) = build("resnet110", "digits").eval(), digits().test.batches(32)[0]
+    with torch.no_grad():
+        states = [state.detach().requires_grad_() for state in chain.trace(x)[:-1]]
+    outputs = [unit.branch(state) for unit, state in zip(chain.units, states, strict=True) if unit.branch is not None]
+    ones = [torch.ones_like(out) for out in outputs]
+
+    def branches() -> None:
+        """One vector-Jacobian product of every branch: the least unit of work, of which n(n + 1) / 2 / n are needed."""
+        for out, state, one in zip(outputs, states, ones, strict=True):
+            grad(out, state, one, retain_graph=True)
+
+    def batched() -> None:
+        """The same recursion with every branch's products in one call, as torch.func.vmap computes them."""
+        top = torch.ones_like(chain.units[-1](states[-1]))[None]
+        for unit, out, state in zip(reversed(chain.units), reversed(outputs), reversed(states), strict=True):
+            skip = unit.skip(state)
+            through = grad(out, state, top, retain_graph=True, is_grads_batched=True)[0]
+            past = top if skip is state else grad(skip, state, top, retain_graph=True, is_grads_batched=True)[0]
+            zero = torch.zeros_like(past[:1])
+            top = torch.cat([past, zero]) + torch.cat([zero, through])
+
+    lengths = range(0, len(chain) + 1, 6)
+    arms: Arms = {
+        "gradient_by_length": lambda: gradient_by_length(chain, x, y),
+        "every branch backward once": branches,
+        "every branch batched, as by vmap": batched,
+        f"sampling, 2 paths at {len(lengths)} of 55 lengths": lambda: sample_path_gradients(chain, x, y, lengths, 2),
     }
+    yield compare("gradient by path length", "ResNet-110, 8 × 8, batch 32", arms, rounds)
+
+
+# ---------------------------------------------------------------- training
+
+
+def ordinary_epoch(network: str, data: Dataset, batch_size: int, workers: int) -> None:
+    """Train one epoch the ordinary way: DataLoader, torchvision's transforms image by image, float32, NCHW."""
+    height = data.train.images.shape[-1]
+    transform = v2.Compose(
+        [
+            v2.RandomCrop(height, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((data.train.mean / 255).tolist(), (data.train.std / 255).tolist()),
+        ]
+    )
+
+    class Images(TensorDataset):
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            image, label = super().__getitem__(i)
+            return transform(image), label
+
+    loader = DataLoader(
+        Images(data.train.images.contiguous(), data.train.labels), batch_size, True, num_workers=workers, drop_last=True
+    )
+    chain = build(network, "cifar10")
+    optimizer = torch.optim.SGD(chain.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    for x, y in loader:
+        optimizer.zero_grad()
+        cross_entropy(chain(x), y).backward()
+        optimizer.step()
+
+
+def noise_dataset(count: int) -> Dataset:
+    """Return ``count`` images of noise in the form of CIFAR-10: only seconds are measured on them."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    split = Split(
+        pixels, torch.randint(10, (count,), generator=generator), torch.full((3,), 127.5), torch.full((3,), 64.0)
+    )
+    return Dataset("noise", split, split, split, tuple("0123456789"))
+
+
+def training(rounds: int) -> Tables:
+    """One epoch of training on images of CIFAR-10's size, end to end; and the share of it that loading takes."""
+    recipe = RECIPES["short"]
+    for network, count in (("resnet20", 2560), ("resnet56", 1280), ("resnet110", 640)):
+        data = noise_dataset(count)
+
+        def batches(data: Dataset = data) -> None:
+            for _ in data.train.shuffled(recipe.batch_size, torch.Generator(), crop=recipe.crop, flip=recipe.flip):
+                pass
+
+        def ours(compiled: bool, network: str = network, data: Dataset = data) -> None:
+            chain = build(network, "cifar10")
+            if compiled:
+                for unit in chain.units:
+                    unit.compile()
+            fit(chain, data, recipe, stop_after=1, progress=False)
+
+        arms: Arms = {
+            "fit": lambda: ours(False),
+            "DataLoader and torchvision": lambda n=network, d=data: ordinary_epoch(n, d, recipe.batch_size, 0),
+            "fit, units compiled": lambda: ours(True),
+            "fit's batches alone": batches,
+        }
+        yield compare(f"one epoch of {count} images", f"{network}, 32 × 32", arms, rounds, memory=False)
+
+
+# ---------------------------------------------------------------- tracing, importing
+
+
+def tracing(rounds: int) -> Tables:
+    """Make a chain of a model, beside a forward pass of it and beside torchlens's trace."""
+    import torchlens
+    from torchvision.models import resnet50
+
+    model, (x, _) = resnet50().eval(), images((1, 3, 224, 224))
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    arms: Arms = {
+        "unravel": lambda: unravel(model, x),
+        "one forward": forward,
+        "torchlens, trace": lambda: torchlens.trace(model, x),
+    }
+    yield compare("unravel a model", "ResNet-50, 224 × 224, batch 1", arms, rounds, memory=False)
+
+
+def importing(rounds: int) -> Tables:
+    """``import unravelling`` beside ``import torch``, each in a new interpreter."""
+
+    def run(module: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True, timeout=120)
+
+    arms = {"import unravelling": run("unravelling"), "import torch": run("torch")}
+    yield compare("import", "a new interpreter", arms, rounds, memory=False)
+
+
+# ---------------------------------------------------------------- growth
+
+
+def growth(rounds: int) -> Tables:
+    """How seconds and live bytes grow with depth, batch and resolution: one row a size, the arm is the size."""
+
+    def tower(n: int, size: int = 8) -> Chain:
+        return build(f"resnet{2 * n + 2}", "digits").eval()
+
+    works: dict[str, Callable[[Chain, Tensor, Tensor], Any]] = {
+        "delete_each": lambda chain, x, y: delete_each(chain, [(x, y)]),
+        "gradient_by_length": lambda chain, x, y: gradient_by_length(chain, x, y),
+        "forward": lambda chain, x, y: evaluate(chain, [(x, y)]),
+    }
+    sizes = [("units", n, 4, 8) for n in (9, 27, 54, 108, 270, 600)]
+    sizes += [("batch", 27, batch, 8) for batch in (16, 64, 256)]
+    sizes += [("resolution", 9, 4, side) for side in (8, 16, 32, 64)]
+    for axis, n, batch, side in sizes:
+        chain, (x, y) = tower(n), images((batch, 1, side, side))
+        value = {"units": n, "batch": batch, "resolution": side}[axis]
+        for name, work in works.items():
+            if name == "gradient_by_length" and n > 270:
+                continue  # minutes, and no other exponent
+            start = time.perf_counter()
+            work(chain, x, y)
+            seconds = time.perf_counter() - start
+            with LiveBytes() as live:
+                work(chain, x, y)
+            row = {"work": f"growth of {name}", "setting": axis, "arm": value, "minimum": seconds, "median": seconds}
+            yield pd.DataFrame([row | {"rounds": 1, "peak_bytes": live.peak}])
+
+
+GROUPS = {f.__name__: f for f in (deletions, many, gradients, training, tracing, importing, growth)}
+
+
+def commit() -> str:
+    """Return the commit that is measured, with a plus sign if files differ from it."""
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        run = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    return "unknown"
+
+
+def processor() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Run the chosen groups and put their rows in the place of the earlier ones."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="of every arm, after an unmeasured one")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    told = {"threads": options.threads, "hardware": processor(), "torch": torch.__version__.partition("+")[0]}
+    told |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}
+    for name in options.only:
+        rows = []
+        for table in GROUPS[name](options.rounds):
+            print(table.drop(columns=["work", "rounds"]).to_string(index=False), flush=True)
+            rows.append(table)
+        table = pd.concat(rows).assign(group=name, **told)
+        earlier = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame({"group": []})
+        whole = pd.concat([earlier[earlier["group"] != name], table]) if len(earlier) else table
+        temporary = RESULTS.with_suffix(".tmp")
+        whole.to_csv(temporary, index=False, float_format="%.6g")
+        temporary.replace(RESULTS)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--network", default="resnet110")
-    options = parser.parse_args()
-    for title, make in (("delete each unit", deletions), ("path lengths", spectra), ("training", training)):
-        compare(f"{title}, {options.network}, digits", make(options.network), options.rounds)
+    main()

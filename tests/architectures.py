@@ -842,3 +842,84 @@ def built(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return randomize(case.build(), case.inputs(batch=8, seed=2))
+
+
+# ---------------------------------------------------------------- more of them, by their units alone
+
+
+@dataclass(frozen=True)
+class Other:
+    """A model, how many units it has, and for how many of these a module can be edited to delete them."""
+
+    build: Callable[[], nn.Module]
+    units: int
+    deletions: int
+    images: bool = True
+
+    def inputs(self) -> Tensor:
+        """Images ``(2, 3, 32, 32)`` or tokens ``(2, 6)``."""
+        generator = torch.Generator().manual_seed(0)
+        if self.images:
+            return torch.randn(2, 3, 32, 32, generator=generator)
+        return torch.randint(11, (2, 6), generator=generator)
+
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
+LLM = small_transformer(num_key_value_heads=2)
+
+OTHERS: dict[str, Other] = {
+    "timm convnextv2": Other(lambda: timm("convnextv2_atto", **STAGES), 5, 5),
+    "timm beit": Other(lambda: timm("beit_base_patch16_224", **SMALL_VIT), 6, 6),
+    "timm eva02": Other(lambda: timm("eva02_tiny_patch14_224", **SMALL_VIT), 6, 6),
+    "timm deit3": Other(lambda: timm("deit3_small_patch16_224", **SMALL_VIT), 6, 6),
+    "timm xcit": Other(lambda: timm("xcit_nano_12_p16_224", img_size=32, embed_dim=16, depth=2, num_heads=2), 10, 10),
+    "timm seresnet": Other(lambda: timm("seresnet50", layers=(1, 1, 1, 1), channels=(8, 16, 24, 32)), 4, 4),
+    "timm resnest": Other(lambda: timm("resnest26d", layers=(1, 1, 1, 1)), 4, 4),
+    "timm res2net": Other(lambda: timm("res2net50_14w_8s", layers=(1, 1, 1, 1)), 4, 4),
+    "timm inception_next": Other(lambda: timm("inception_next_tiny", depths=(1, 1, 1, 1), dims=(24, 48, 72, 96)), 4, 4),
+    "timm starnet": Other(lambda: timm("starnet_s1"), 15, 15),
+    "timm byobnet": Other(lambda: timm("test_byobnet"), 4, 4),
+    "timm test_convnext": Other(lambda: timm("test_convnext"), 9, 9),
+    "timm test_resnet": Other(lambda: timm("test_resnet"), 4, 4),
+    "timm swin": Other(
+        lambda: timm(
+            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 4)
+        ),
+        8,
+        4,
+    ),
+    "timm pvt_v2": Other(
+        lambda: timm("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 2, 2)), 8, 8
+    ),
+    "torchvision mnasnet": Other(lambda: torchvision("mnasnet0_5"), 10, 10),
+    "transformers bloom": Other(
+        lambda: transformer(
+            "BloomForCausalLM", {"vocab_size": 11, "hidden_size": 16, "n_layer": 2, "n_head": 2} | TOKENS
+        ),
+        4,
+        0,
+        images=False,
+    ),
+    "transformers mpt": Other(
+        lambda: transformer(
+            "MptForCausalLM",
+            {"vocab_size": 11, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 16, "expansion_ratio": 2}
+            | TOKENS,
+        ),
+        4,
+        2,
+        images=False,
+    ),
+    "transformers opt": Other(
+        lambda: transformer("OPTForCausalLM", small_transformer(ffn_dim=32, word_embed_proj_dim=16)), 4, 0, images=False
+    ),
+    "transformers falcon": Other(lambda: transformer("FalconForCausalLM", small_transformer()), 2, 0, images=False),
+    "transformers olmo2": Other(lambda: transformer("Olmo2ForCausalLM", LLM), 4, 4, images=False),
+    "transformers granite": Other(
+        lambda: transformer("GraniteForCausalLM", LLM | {"residual_multiplier": 0.5}), 4, 0, images=False
+    ),
+    "transformers qwen2": Other(lambda: transformer("Qwen2ForCausalLM", LLM), 4, 4, images=False),
+    "transformers qwen3": Other(lambda: transformer("Qwen3ForCausalLM", LLM | {"head_dim": 8}), 4, 4, images=False),
+    "transformers mistral": Other(lambda: transformer("MistralForCausalLM", LLM), 4, 4, images=False),
+}

@@ -222,7 +222,7 @@ def test_labels_that_are_tokens_are_shifted_where_the_stem_says_so():
         ({"x": X, "mask": Y}, ValueError, "the batch has x, mask, but no labels: put them under 'labels'"),
         (None, TypeError, "a NoneType holds no batches: pass a split, or batches"),
         (Dataset("d", None, None, None, ()), TypeError, "a Dataset holds no batches: pass one of its splits, such as"),
-        (Split(torch.zeros(0, 1, 8, 8), Y[:0], torch.zeros(1), torch.ones(1)), ValueError, "a batch holds no images"),
+        (Split(X[:0].byte(), Y[:0], torch.zeros(1), torch.ones(1)), ValueError, "a batch holds no images"),
     ],
 )
 @pytest.mark.parametrize("function", FUNCTIONS)

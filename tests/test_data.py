@@ -97,6 +97,45 @@ def test_take_keeps_the_moments():
     assert (few.mean, few.std) == (train.mean, train.std)
 
 
+@pytest.mark.parametrize("chosen", [torch.tensor([1097]), torch.tensor([-1098, 0])])
+def test_indices_beyond_a_split(chosen):
+    with pytest.raises(ValueError, match=r"^chosen holds \d+: expected indices below 1097, of this split$"):
+        digits().train.take(chosen)
+
+
+WANTED = "images must be a tensor (N, C, H, W) of torch.uint8"
+IMAGES, LABELS = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": IMAGES.double()}, TypeError, f"{WANTED}, not one (4, 3, 2, 2) of torch.float64"),
+        ({"images": IMAGES.numpy()}, TypeError, f"{WANTED}, not ndarray"),
+        ({"images": IMAGES[:, 0]}, TypeError, f"{WANTED}, not one (4, 2, 2) of torch.uint8"),
+        ({"labels": LABELS.int()}, TypeError, "labels must be a tensor (N) of torch.int64, not one (4,)"),
+        ({"labels": LABELS - 1}, ValueError, "a label is -1: expected classes from 0"),
+        ({"labels": LABELS[:3]}, ValueError, "need as many labels, mean and std, not (3, 3, 3)"),
+        ({"mean": torch.zeros(1)}, ValueError, "need as many labels, mean and std, not (4, 1, 3)"),
+        ({"std": torch.tensor([1.0, 0, 1])}, ValueError, "and std [1.0, 0.0, 1.0] above 0: is a channel the same"),
+        ({"std": torch.full((3,), torch.nan)}, ValueError, "and std [nan, nan, nan] above 0"),
+        ({"mean": torch.full((3,), torch.nan)}, ValueError, "mean [nan, nan, nan] must be finite"),
+    ],
+)  # fmt: skip
+def test_what_is_no_split(changes, error, message):
+    parts = {"images": IMAGES, "labels": LABELS, "mean": torch.zeros(3), "std": torch.ones(3)}
+    assert len(Split(**parts)) == 4
+    with pytest.raises(error, match=re.escape(message)):
+        Split(**parts | changes)
+
+
+def test_a_device_that_is_not_there():
+    train, where = digits().train, "cuda:77"
+    for call in (lambda: train.batches(10, where), lambda: next(train.shuffled(10, torch.Generator(), device=where))):
+        with pytest.raises(ValueError, match=r"^device 'cuda:77' cannot be used here \(.*\): choose another, such as"):
+            call()
+
+
 def test_load_dataset_knows_two_names():
     assert load_dataset("digits").name == "digits"
     with pytest.raises(ValueError, match=r"^unknown dataset 'mnist': expected digits or cifar10$"):

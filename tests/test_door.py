@@ -268,7 +268,7 @@ CALLS = [
         ValueError,
         "there is no column 'e' in the table: it has k",
     ),
-    (lambda: seed_band(pd.DataFrame({"k": [1], "e": ["a"]}), "k", "e"), TypeError, "the column e is "),
+    (lambda: seed_band(pd.DataFrame({"k": [1], "e": ["a"]}), "k", "e"), TypeError, "the column e is"),
     (lambda: check_positive(trials="3"), TypeError, "trials must be a whole number, not '3'"),
     (lambda: check_number(3, trials=2), ValueError, "trials must be at least 3, not 2"),
     (lambda: listed(k=iter(())), ValueError, "k is empty: expected at least one member"),
@@ -287,6 +287,7 @@ def test_missing_values_are_no_seeds():
     band = seed_band(table, "k", "e")
     assert band.equals(seed_band(table.dropna(), "k", "e"))
     assert band["seeds"].tolist() == [2]
+    assert seed_band(table.astype(object), "k", "e")["mean"].tolist() == [2]
 
 
 def test_numbers_of_other_kinds_will_do():

@@ -384,6 +384,12 @@ def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_no_file(tmp_path, capsys):
+    (tmp_path / "w.safetensors").mkdir()
+    assert train.main(words(TOY[0], "--out", tmp_path / "w.safetensors")) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", ["0-3000000000", "3000000000", "-1", "1.5", ""])
 def test_a_seed_is_one_number(seed, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -442,9 +448,12 @@ def test_rows_go_in_and_nothing_else_is_touched(runs, data):
     assert set(after) - set(before) == {"weights/digits/resnet8-seed0.safetensors"}
 
 
-def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    collect.collect(TOY, runs, one)
+def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path, monkeypatch):
+    one, other, renamed, rename = tmp_path / "one", tmp_path / "other", [], os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda old, new: (renamed.append(Path(new).name), rename(old, new)))
+        collect.collect(TOY, runs, one)
+    assert ".whole" in renamed  # at one moment, all is there
     first = contents(one)
     stamps = {path: path.stat().st_mtime_ns for path in one.rglob("*.*")}
     assert collect.collect(TOY, runs, one) == []
@@ -576,7 +585,11 @@ def test_weights_are_halved_where_large_and_refused_where_too_large(runs, tmp_pa
             with pytest.raises(ValueError, match=named):
                 collect.collect(TOY, runs, tmp_path / "data")
         assert not contents(tmp_path / "data")
+    assert collect.collect(TOY, runs, tmp_path / "full") == []
+    full = contents(tmp_path / "full")
     monkeypatch.setattr(collect, "HALF_LIMIT", 10_000)
+    assert collect.collect(TOY, runs, tmp_path / "full") == []
+    assert contents(tmp_path / "full") == full  # the same network stays as it was shipped
     assert collect.collect(TOY, runs, tmp_path / "data") == []
     source = runs / TOY[0].folder / "weights.safetensors"
     assert collect.header(path)["half"] is True

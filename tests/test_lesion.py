@@ -123,7 +123,8 @@ def test_whatever_the_memory_the_results_are_the_same(kind):
 def state_bytes(chain):
     """Bytes of all tensors that are no parameter or buffer of a chain."""
     own = {tensor.untyped_storage().data_ptr() for tensor in chain.state_dict().values()}
-    found = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    kinds = torch.Tensor, torch.nn.Parameter  # and not those that tracing leaves behind, which hold nothing
+    found = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in kinds]
     return sum({s.data_ptr(): s.nbytes() for s in found if s.data_ptr() not in own}.values())
 
 
@@ -395,6 +396,16 @@ def test_no_trials(function, trials):
         function(small("pre"), BATCHES, 1, trials)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [delete_each, lambda c, d: delete_random(c, d, 1, 2), lambda c, d: reorder(c, d, 1, 2), replace_branches,
+     taylor_importance, reestimate_batch_norm, lambda c, d: evaluate_variants(c, d, [[0]])],
+)
+def test_what_is_no_chain(function):
+    with pytest.raises(TypeError, match=r"^chain is a Linear: expected a Chain"):
+        function(nn.Linear(2, 2), BATCHES)
+
+
 @pytest.mark.parametrize("label", [-1, 10])
 def test_a_label_that_is_no_class(label):
     x, y = images(3)
@@ -417,6 +428,18 @@ def test_labels_that_only_a_loss_understands():
     table = delete_each(small("pre"), batch, loss=lambda logits, y: cross_entropy(logits, y["class"]))
     assert table["loss"].to_numpy() == pytest.approx(delete_each(small("pre"), (x, y))["loss"].to_numpy(), rel=1e-5)
     assert table["error"].isna().all()
+
+
+def test_labels_of_the_wrong_kind_or_number():
+    x, y = images(3)
+    with pytest.raises(ValueError, match=r"^the labels are a torch.FloatTensor: pass a loss that knows"):
+        delete_each(small("pre"), (x, y.float()))
+    with pytest.raises(ValueError, match=r"^there are labels \(3, 2\) for logits \(3, 10\): expected a label for each"):
+        delete_each(small("pre"), (x, y[:, None].expand(3, 2)))
+    small_labels = delete_each(small("pre"), (x, torch.tensor([1, 2, 3], dtype=torch.uint8)))
+    assert small_labels.equals(delete_each(small("pre"), (x, torch.tensor([1, 2, 3]))))
+    with pytest.raises(ValueError, match=r"^there is a label 156: expected 0 to 9"):  # which is -100 in eight bits
+        delete_each(small("pre"), (x, torch.tensor([1, 2, 156], dtype=torch.uint8)))
 
 
 def test_ignored_images_count_for_nothing():
@@ -745,6 +768,8 @@ def test_scores_of_images_and_of_tokens_are_those_of_pytorch():
     wrong, loss = score(logits.numpy(), labels.numpy())
     np.testing.assert_allclose(loss, expected.numpy(), rtol=1e-12)
     assert (wrong == (logits.argmax(-1) != labels).numpy()).all()
+    read_only = np.broadcast_to(labels.numpy()[::-1], labels.shape)
+    assert (score(logits.numpy()[:, ::-1], read_only)[1] == loss[:, ::-1]).all()
     labels[1, 2] = -100
     some, partly = score(logits.numpy(), labels.numpy())
     assert np.isnan(partly[:, 1, 2]).all()

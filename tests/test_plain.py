@@ -127,7 +127,7 @@ def colab(tmp_path, monkeypatch):
         f"import pathlib, sys\npathlib.Path({str(tmp_path / 'installed')!r}).write_text(' '.join(sys.argv[1:]))\n")
     copied = " ".join(f"'{ROOT / name}'" for name in ("lib", "data", "pyproject.toml"))
     (tools / "git").write_text(f'#!/bin/sh\nfor home; do :; done\nmkdir -p "$home/book"\ncp -r {copied} "$home"\n'
-                               f'cp "{ROOT}"/book/*.py "$home/book"\n')
+                               f'cp -r "{ROOT}"/book/*.py "{ROOT}/book/_static" "$home/book"\n')
     (tools / "git").chmod(0o755)
     monkeypatch.setenv("PYTHONPATH", str(tools))
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")

@@ -6,17 +6,24 @@ import math
 import os
 import pickle
 import resource
+import traceback
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import images, mix_modes, small, snapshot
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
-from unravelling import RECIPES, Chain, Dataset, Recipe, digits, evaluate, fit, resnet
+from unravelling import RECIPES, Chain, Dataset, Recipe, Split, cifar10, digits, evaluate, fit, load, resnet, save
 from unravelling import train as train_module
-from unravelling.data import checksum
+from unravelling.data import checksum, load_dataset
 from unravelling.train import as_tested, thinned
+from unravelling.weights import header
 
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True)
 
@@ -549,3 +556,108 @@ def test_the_bar_leaves_nothing_behind(data, capsys):
     assert captured.out == ""
     assert captured.err.endswith("\r")
     assert captured.err.rsplit("\r", 2)[-2].strip() == ""
+
+
+# ---------------------------------------------------------------- arguments at the door
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"chain": nn.Linear(64, 10)}, TypeError, "chain is a Linear: expected a Chain, such"),
+        ({"data": digits().train}, TypeError, "data is a Split: expected a Dataset"),
+        ({"recipe": "digits"}, TypeError, "recipe is a str: expected a Recipe"),
+        ({"stop_after": -1}, ValueError, "stop_after must be at least 0, not -1"),
+        ({"seed": 1.5}, TypeError, "seed must be a whole number, not 1.5"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, not -1"),
+        ({"chain": Chain(nn.Flatten(), [], nn.Linear(64, 9))}, ValueError,
+         r"the network returns \(32, 9\) for 32 images of 10 classes: expected \(B, K\)"),
+        ({"chain": resnet(8, width=4)}, ValueError, r"the network cannot take x, inputs of shape \(32, 1, 8, 8\)"),
+        ({"chain": Chain(nn.Conv2d(1, 1, 1), [], nn.Identity())}, ValueError,
+         r"the network returns \(32, 1, 8, 8\) for 32"),
+    ],
+)  # fmt: skip
+def test_what_fit_refuses(data, changes, error, message):
+    arguments = {"chain": net(), "data": data, "recipe": TINY, "seed": 0, "stop_after": None} | changes
+    with pytest.raises(error, match=f"^{message}"):
+        fit(**arguments, progress=False)
+
+
+def test_a_dataset_with_too_few_classes_or_no_images_to_validate(data):
+    with pytest.raises(ValueError, match=r"^a label is beyond the 9 classes of the dataset 'digits'$"):
+        run(dataclasses.replace(data, classes=data.classes[:9]))
+    with pytest.raises(ValueError, match=r"^data\.validation holds no images"):
+        run(dataclasses.replace(data, validation=data.validation.take(torch.arange(0))))
+
+
+@pytest.mark.parametrize("label", [10, -1, -101])
+def test_labels_that_are_no_classes_are_not_scored(data, label):
+    x, y = data.validation.batches(40)[0]
+    y = y.clone()
+    y[3] = label
+    with pytest.raises(ValueError, match=r"0 to 9"):
+        evaluate(net(), (x, y))
+
+
+def test_a_network_that_returns_nan_is_not_scored(data):
+    chain = net()
+    with torch.no_grad():
+        next(chain.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="logits are NaN: the network's weights or the inputs are, or its"):
+        evaluate(chain, data.validation)
+
+
+JUNK = [
+    None, -1, 0, 1.5, math.nan, math.inf, "x", "", b"x", [], {}, (), object(), True, 2**70, Path("nowhere"), "cuda:77",
+    nn.Identity(), np.zeros(3), torch.zeros(0), torch.ones(2).long(), torch.full((2, 1, 8, 8), math.nan),
+    torch.zeros(2, 3, 8, 8).double(),
+]  # fmt: skip
+
+
+def calls(data, folder):
+    """Public functions, each with arguments that it takes."""
+    split, generator = data.validation, torch.Generator()
+    x, y = split.batches(8)[0]
+    chain = net()
+    path = save(net(), folder / "a.safetensors")
+    fields = dataclasses.asdict(TINY)
+    return [
+        (Recipe, {key: fields[key] for key in fields if key not in ("nesterov", "flip", "rescale")}),
+        (partial(fit, progress=False), {"chain": chain, "data": data, "recipe": dataclasses.replace(TINY, epochs=1),
+                                        "seed": 0, "stop_after": 1, "checkpoint": folder / "a.pt"}),
+        (evaluate, {"chain": chain, "data": (x, y)}),
+        (lambda x, y: evaluate(chain, (x, y)), {"x": x, "y": y}),
+        (save, {"chain": chain, "path": folder / "b.safetensors", "seed": 0}),
+        (load, {"name": path}),
+        (header, {"name": path}),
+        (Split, {name: getattr(split, name) for name in ("images", "labels", "mean", "std")}),
+        (split.normalize, {"images": split.images}),
+        (split.batches, {"size": 10, "device": "cpu"}),
+        (lambda **some: list(split.shuffled(generator=generator, **some)), {"size": 10, "crop": 1, "device": "cpu"}),
+        (split.take, {"chosen": torch.tensor([1])}),
+        (split.stratified, {"per_class": 1}),
+        (load_dataset, {"name": "digits", "root": None}),
+        (cifar10, {"root": folder, "cache": folder / "cache", "per_class": (2, 1)}),
+    ]  # fmt: skip
+
+
+@given(choice=st.data())
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+def test_wrong_arguments_are_refused_by_the_library_itself(data, tmp_path, monkeypatch, choice):
+    """An error is raised in a line of ours, which names what was wrong, and no score is NaN."""
+    monkeypatch.chdir(tmp_path)
+    with TemporaryDirectory(dir=tmp_path) as folder:
+        function, arguments = choice.draw(st.sampled_from(calls(data, Path(folder))))
+        name = choice.draw(st.sampled_from(sorted(arguments)))
+        wrong = choice.draw(st.sampled_from(JUNK))
+        result, problem = None, None
+        try:
+            result = function(**arguments | {name: wrong})
+        except (ValueError, TypeError, OSError) as error:
+            problem = error
+    if problem is not None:
+        *_, last = traceback.extract_tb(problem.__traceback__)
+        assert Path(last.filename).parent.name == "unravelling", f"{name}={wrong!r}: {problem!r} from {last}"
+        assert len(str(problem)) > 20
+    elif isinstance(result, dict):
+        assert all(value == value for value in result.values()), f"{name}={wrong!r} gives {result}"

@@ -750,3 +750,21 @@ def test_modules_import_lower_floors_alone():
         module = importlib.import_module(f"unravelling.{name}")
         taken = {getattr(value, "__module__", None) for value in vars(module).values()}
         assert taken.isdisjoint(f"unravelling.{higher}" for higher in floors[floor + 1 :])
+
+
+@pytest.mark.parametrize("case", ["empty", "tolerance", "negative", "NaN input", "NaN weight"])
+def test_verify_refuses_what_would_compare_nothing(case):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 3)).eval()
+    x, tolerance = torch.randn(2, 4), None
+    chain = unravel(model, x, units=["1"])
+    if case == "empty":
+        x = x[:0]
+    elif case == "NaN input":
+        x = x * float("nan")
+    elif case == "NaN weight":
+        with torch.no_grad():
+            model[0].weight[0, 0] = float("nan")
+    else:
+        tolerance = {"tolerance": float("nan"), "negative": -1.0}[case]
+    with pytest.raises(ValueError, match="tolerance must be" if tolerance is not None else "logits for x"):
+        chain.verify(x, tolerance=tolerance)

@@ -265,7 +265,7 @@ def test_a_foreign_file(tmp_path, metadata):
         ({"name": "resnet14-post"}, "Missing key"),
         ({"name": "resnet15"}, "depth 15 is not 6n"),
         ({"name": "alexnet"}, "unknown network 'alexnet'"),
-        ({"name": None}, "expected string"),
+        ({"name": None}, "unknown network None"),
         ({"colour": 3}, "unexpected keyword argument 'colour'"),
     ],
 )

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .chain import check_number
+
 SPLITS = ("train", "test")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -29,6 +31,20 @@ LARGEST = 2**20
 """Bytes that the file of one image of 32×32 pixels may have."""
 
 Device = torch.device | str
+
+
+def _check_tensor(name: str, value: Any, dtype: torch.dtype, dimensions: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != len(dimensions):
+        found = f"one {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor ({', '.join(dimensions)}) of {dtype}, not {found}")
+
+
+def _check_device(device: Device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}): choose another, such as 'cpu'") from error
 
 
 @dataclass(frozen=True)
@@ -47,31 +63,46 @@ class Split:
     mean: Tensor
     std: Tensor
 
+    def __post_init__(self) -> None:
+        for name, dimensions in (("images", "NCHW"), ("labels", "N"), ("mean", "C"), ("std", "C")):
+            dtype = {"images": torch.uint8, "labels": torch.int64}.get(name, torch.float32)
+            _check_tensor(name, getattr(self, name), dtype, dimensions)
+        (n, channels), sizes = self.images.shape[:2], (len(self.labels), len(self.mean), len(self.std))
+        if sizes != (n, channels, channels):
+            raise ValueError(f"{n} images of {channels} channels need as many labels, mean and std, not {sizes}")
+        if (self.labels < 0).any():
+            raise ValueError(f"a label is {int(self.labels.min())}: expected classes from 0")
+        if not (self.mean.isfinite() & (self.std > 0)).all():
+            moments = f"mean {self.mean.tolist()} must be finite and std {self.std.tolist()} above 0"
+            raise ValueError(f"{moments}: is a channel the same everywhere?")
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 images ``(B, C, H, W)`` to float32, with mean 0 and deviation 1 over the training images."""
+        _check_tensor("images", images, torch.uint8, "BCHW")
         mean, std = (t.to(images.device).view(1, -1, 1, 1) for t in (self.mean, self.std))
         return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def batches(self, size: int = 500, device: Device = "cpu") -> list[tuple[Tensor, Tensor]]:
         """Return all images in order as normalised batches ``(B, C, H, W)`` with labels ``(B,)``."""
+        check_number(1, size=size)
+        _check_device(device)
         pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
         return [(self.normalize(x.to(device)), y.to(device)) for x, y in pairs]
 
     def shuffled(
         self, size: int, generator: torch.Generator, *, crop: int = 0, flip: bool = False, device: Device = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one epoch of batches in random order, augmented as by `augment`, the last incomplete one left out.
+        """Yield one epoch of ``size`` images a batch in random order, the last incomplete one left out.
 
-        Args:
-            size: images a batch, B.
-            generator: source of order, crops and flips; on the CPU, so that every device sees the same batches.
-            crop: pixels of zero padding on each side, from which a window of the old size is cut at random.
-            flip: whether half of the images are mirrored.
-            device: where the batches go.
+        They are augmented as by `augment`. The generator of order, crops and flips is on the CPU, so that every
+        ``device``, to which the batches go, sees the same ones.
         """
+        check_number(1, size=size)
+        check_number(crop=crop)
+        _check_device(device)
         if size > len(self):
             raise ValueError(f"a batch of {size} images needs at least as many: this split has {len(self)}")
         order = torch.randperm(len(self), generator=generator)
@@ -80,7 +111,10 @@ class Split:
             yield self.normalize(x.to(device)), self.labels[chosen].to(device)
 
     def take(self, chosen: Tensor) -> Split:
-        """Return the split of the images with the given indices."""
+        """Return the split of the images with the given indices ``(M,)``."""
+        _check_tensor("chosen", chosen, torch.int64, "M")
+        if len(chosen) and not -len(self) <= int(chosen.min()) <= int(chosen.max()) < len(self):
+            raise ValueError(f"chosen holds {int(chosen.max())}: expected indices below {len(self)}, of this split")
         return Split(self.images[chosen], self.labels[chosen], self.mean, self.std)
 
     def stratified(self, per_class: int) -> Split:
@@ -89,8 +123,9 @@ class Split:
         Raises:
             ValueError: a class has fewer images.
         """
+        check_number(1, per_class=per_class)
         members = [torch.nonzero(self.labels == label).flatten() for label in self.labels.unique()]
-        fewest = min(map(len, members))
+        fewest = min(map(len, members), default=0)
         if fewest < per_class:
             raise ValueError(f"{per_class} images of every class are wanted, but one class has {fewest}: take fewer")
         return self.take(torch.cat([m[:per_class] for m in members]).sort().values)
@@ -187,17 +222,21 @@ def cifar10(
         ValueError: classes or images are missing, or there are more; or one cannot be decoded, or is no plain file.
         OSError: the cache could not be written.
     """
-    root = root or os.environ.get("UNRAVELLING_DATA")
+    root = os.environ.get("UNRAVELLING_DATA") if root is None else root
     if root is None:
         raise FileNotFoundError(
             "where is CIFAR-10? Pass cifar10(root) or set UNRAVELLING_DATA; cifar10(root, download=True) fetches it"
         )
-    root, copy = Path(root).expanduser(), ""
+    if not isinstance(per_class, (tuple, list)) or len(per_class) != 2:
+        raise ValueError(f"per_class {per_class!r} must be two numbers, of images to train on and to test on")
+    check_number(2, per_class=per_class[0])
+    check_number(1, per_class=per_class[1])
+    root, copy = check_path(root=root).expanduser(), ""
     if download or (root / "cifar-10-batches-py").is_dir():
         pool, test = (_torchvision_files(root, train, download) for train in (True, False))
     else:
-        folder = cache or os.environ.get("UNRAVELLING_CACHE") or "~/.cache/unravelling"
-        decoded, copy = _cached(_find_images(root), Path(folder).expanduser())
+        folder = os.environ.get("UNRAVELLING_CACHE") or "~/.cache/unravelling" if cache is None else cache
+        decoded, copy = _cached(_find_images(root), check_path(cache=folder).expanduser())
         pool, test = ((decoded[f"{split}_images"], decoded[f"{split}_labels"]) for split in SPLITS)
     for split, (_, labels), expected in zip(SPLITS, (pool, test), per_class, strict=True):
         for name, count in zip(CIFAR10_CLASSES, labels.bincount(minlength=10).tolist(), strict=True):
@@ -326,13 +365,26 @@ def _cached(source: Path, folder: Path) -> tuple[dict[str, Tensor], str]:
     return decoded, copy
 
 
+def check_path(**path: Any) -> Path:
+    """Return the one argument given by name as a path, or raise TypeError or ValueError where it can be none."""
+    ((name, value),) = path.items()
+    if not isinstance(value, (str, Path)):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a path")
+    if not Path(value).name:
+        raise ValueError(f"{name} {str(value)!r} names no file or folder")
+    return Path(value)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors as a safetensors file with a header of JSON values, and a checksum of both in it.
 
     Raises:
         OSError: as `write_atomically`.
     """
-    head = json.loads(json.dumps(about))
+    try:
+        head = json.loads(json.dumps(about))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the header of {path} must hold JSON values alone: {error}") from error
     head["checksum"] = checksum([head, tensors])
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {"unravelling": json.dumps(head)}))
 
@@ -404,4 +456,4 @@ def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
         return digits()
     if name == "cifar10":
         return cifar10(root)
-    raise ValueError(f"unknown dataset {name!r}: expected digits or cifar10")
+    raise ValueError(f"unknown dataset {name!r:.80}: expected digits or cifar10")

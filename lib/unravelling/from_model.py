@@ -97,7 +97,8 @@ class Unravelled(Chain):
             and ``reason``, why numbers are not equal, or not compared.
 
         Raises:
-            ValueError: a difference exceeds the tolerance. The message names the first unit that fails.
+            ValueError: a difference exceeds the tolerance. The message names the first unit that fails. Or nothing
+                would be compared: the tolerance is no number, the input is empty, or the model returns NaN for it.
         """
         return verify(self, self._origin, x, tolerance)
 
@@ -126,6 +127,8 @@ def unravel(
     stream: str | None = None,
 ) -> Unravelled:
     """Return a model as a chain of units, which shares its parameters. The model stays as it is.
+
+    Hooks on layers that stay whole are called in the chain, too; one on a module that is taken apart is refused.
 
     Args:
         model: any network with one stream: a stem, residual blocks one after the other, and a head. In eval mode.

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import IGNORED, Batches, device_of, eval_mode, iterate
-from .chain import Chain, Unit, check_positive
+from .chain import Chain, Unit, check_chain, check_positive
 from .data import Split
 from .stats import paired_bootstrap, wilson
 
@@ -35,7 +35,7 @@ def _parts(chain: Chain, variants: Sequence[Sequence[int]], others: Mapping[int,
     """Return what computes each number of the variants."""
     if not len(variants):
         raise ValueError("there are no variants: name at least one sequence of units, such as range(len(chain))")
-    parts: dict[int, Function] = {**dict(enumerate(chain.units)), **others}
+    parts: dict[int, Function] = {**dict(enumerate(check_chain(chain).units)), **others}
     for i in {i for variant in variants for i in variant}.difference(parts):
         (unit,) = chain.check_indices([~i if i < 0 else i])
         parts[i] = chain.units[unit].deleted()
@@ -86,18 +86,13 @@ def _run(
             for i, some in groupby(steps, key=itemgetter(0)):
                 _, states, groups = zip(*some, strict=True)
                 out = parts[i](states[0] if len(states) == 1 else torch.cat(states))
-                layer += zip([out] if len(states) == 1 else out.chunk(len(states)), groups, strict=True)
+                layer += zip([out] if len(states) == 1 else out.split(images), groups, strict=True)
             depth += 1
 
 
 def _results(
-    chain: Chain,
-    data: Split | Batches,
-    variants: Sequence[Sequence[int]],
-    result: Callable[[Tensor, Any], Any],
-    *,
-    others: Mapping[int, Function] = MappingProxyType({}),
-    max_memory: int = MAX_MEMORY,
+    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], result: Callable[[Tensor, Any], Any], *,
+    others: Mapping[int, Function] = MappingProxyType({}), max_memory: int = MAX_MEMORY,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
@@ -141,8 +136,8 @@ def evaluate_variants(
         variants: each a sequence of units, where i is unit i and ``~i`` (that is -i - 1) is unit i deleted.
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
         options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time,
-            which may take a state a unit and three more, is always computed. ``dtype`` for `torch.autocast`, such as
-            ``torch.bfloat16``: faster where the hardware has it, and as exact as the type.
+            which may take a state a unit and three more, is always computed, and where a unit enlarges its state, what
+            comes out is as much larger. ``dtype`` for `torch.autocast`, such as ``torch.bfloat16``, faster in hardware.
 
     Returns:
         ``wrong`` (bool) and ``loss`` (nats), both ``(variants, images)``. With labels ``(B, T)`` each row of tokens
@@ -173,14 +168,14 @@ def _share(counts: np.ndarray) -> float:
 def _score_batch(out: Tensor, y: Any, loss: Loss | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for each image of a batch, how many labels are missed, its loss, and how many labels it has."""
     logits = out.cpu().double()  # in this order, since a device may lack the type
-    labels = y.cpu() if isinstance(y, Tensor) else None
+    labels = y.cpu().long() if isinstance(y, Tensor) and not y.is_floating_point() else None
     if labels is not None and labels.dim() > 2 and logits.shape[:-1] != labels.shape:
         logits = logits.movedim(1, -1)  # segmentation: (B, K, H, W) for labels (B, H, W)
-    classes = labels is not None and not labels.is_floating_point() and logits.shape[:-1] == labels.shape
-    if labels is not None and (loss is None or classes):
+    if labels is not None and (loss is None or logits.shape[:-1] == labels.shape):
         wrong, values, kept = (part.reshape(len(labels), -1).sum(1) for part in _scores(logits, labels))
     elif loss is None:
-        raise ValueError(f"the labels are a {type(y).__name__}: pass a loss that knows what to do with them")
+        kind = y.type() if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"the labels are a {kind}: pass a loss that knows what to do with them")
     else:
         wrong, kept = torch.full((len(out),), torch.nan), torch.ones(len(out), dtype=torch.long)
     if loss is not None:
@@ -198,11 +193,14 @@ def _labels_of(y: Any, i: int) -> Any:
 
 def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is wrong, the cross-entropy, and which labels count; what does not is neither wrong nor a loss."""
+    if logits.shape[logits.dim() - labels.dim() - 1 : -1] != labels.shape:
+        shapes = f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}"
+        raise ValueError(f"there are {shapes}: expected a label for each row of logits over the classes")
     kept, last = labels != IGNORED, logits.shape[-1] - 1
     foreign = labels[kept & ((labels < 0) | (labels > last))]
     if len(foreign):
         raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
-    chosen = torch.where(kept, labels, 0).long().expand(logits.shape[:-1])
+    chosen = torch.where(kept, labels, 0).expand(logits.shape[:-1])
     values = logits.logsumexp(-1) - logits.gather(-1, chosen[..., None])[..., 0]
     return (logits.argmax(-1) != labels) & kept, torch.where(kept, values, 0), kept
 
@@ -213,7 +211,8 @@ def score(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     Labels ``(images,)`` may also be those of tokens, ``(images, T)``, for logits ``(…, images, T, K)``. A token with
     the label -100 is not wrong and has the loss NaN. Raises ValueError for a label that is no class.
     """
-    wrong, values, kept = _scores(torch.from_numpy(logits).double(), torch.from_numpy(labels))
+    arrays = (np.ascontiguousarray(logits, float), np.ascontiguousarray(labels, np.int64))
+    wrong, values, kept = _scores(*map(torch.tensor, arrays))
     return wrong.numpy(), torch.where(kept, values, torch.nan).numpy()
 
 
@@ -232,8 +231,8 @@ def _measure(
     chain: Chain, data: Split | Batches, rows: Iterable[Any], variants: Iterable[Sequence[int]], **options: Any
 ) -> pd.DataFrame:
     """Return a row for each variant, compared with the intact network: what is known of it, then how it does."""
-    found = evaluate_variants(chain, data, [range(len(chain)), *variants], **options)
-    return pd.DataFrame(rows).join(summarize(*found))
+    every = [range(len(chain)), *variants]
+    return pd.DataFrame(rows).join(summarize(*evaluate_variants(chain, data, every, **options)))
 
 
 def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataFrame:
@@ -251,7 +250,7 @@ def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataF
     Raises:
         ValueError: no unit can be deleted.
     """
-    chosen = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
+    chosen = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     if not chosen:
         raise ValueError("no unit can be deleted: none has a skip, and each changes the shape of its state")
     variants = [_with_one(chain, i, ~i) for i in chosen]
@@ -292,7 +291,7 @@ def delete_random(
             be deleted.
         IndexError: a candidate does not exist.
     """
-    free = [i for i, unit in enumerate(chain.units) if unit.can_be_deleted]
+    free = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
     rows, variants = [], []
     refusal = "cannot delete {} units: there are {} to choose from"
@@ -325,7 +324,7 @@ def reorder(
         ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
     stages: dict[int, list[int]] = {}
-    for i, unit in enumerate(chain.units):
+    for i, unit in enumerate(check_chain(chain).units):
         if not unit.is_transition:
             stages.setdefault(unit.stage, []).append(i)
     pairs = [pair for members in stages.values() for pair in combinations(members, 2)]
@@ -379,7 +378,7 @@ def replace_branches(
     kinds = [kind] if isinstance(kind, str) else list(kind)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kind={kind!r} names no way to replace a branch: choose from {', '.join(KINDS)}")
-    n = len(chain)
+    n = len(check_chain(chain))
     means = _branch_means(chain, data) if "mean" in kinds else {}
     rows, variants, others = [], [], {}
     for j, i in product(range(len(kinds)), range(n)):
@@ -461,7 +460,7 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
         Missing values where the unit has no branch. Raises ValueError where there is no label to score.
     """
     slopes, counts = [], []
-    for x, y in iterate(chain, data):
+    for x, y in iterate(check_chain(chain), data):
         factors: dict[int, Tensor] = {}
 
         def scale(i: int, f: Tensor, factors: dict[int, Tensor] = factors) -> Tensor:
@@ -514,8 +513,9 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
     Raises:
         ValueError: there are no batches, or the chain was traced from a model that calls batch norm as a function.
     """
-    nodes = [node for part in chain.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
-    baked = [node.name for node in nodes if node.op == "call_function" and "batch_norm" in str(node.target)]
+    graphs = [part.graph for part in check_chain(chain).modules() if isinstance(part, fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    baked = [node.name for node in nodes if "batch_norm" in str(node.target)]
     if baked:
         raise ValueError(
             f"the traced model calls batch norm as a function ({baked[0]}), whose statistics cannot be estimated anew: "

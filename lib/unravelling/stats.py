@@ -19,8 +19,9 @@ def _numbers(name: str, values: object) -> np.ndarray:
     """Return an array of numbers, or raise TypeError for anything else."""
     try:
         array = np.asarray(values)
+        array = array.astype(float) if array.dtype == object and array.ndim else array  # as columns of mixed origin are
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} is no array: {error}") from error
+        raise TypeError(f"{name} is no array of numbers: {error}") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} is {values!r:.80}: expected numbers")
     return array

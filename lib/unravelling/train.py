@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from .batches import IGNORED, Batches, device_of, eval_mode, iterate
-from .chain import Chain, check_positive
-from .data import Dataset, Split, checksum, write_atomically
+from .batches import IGNORED, Batches, check_labels, device_of, eval_mode, iterate, named_failure
+from .chain import Chain, check_chain, check_number, check_positive
+from .data import Dataset, Split, check_path, checksum, write_atomically
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,20 @@ class Recipe:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name is a {type(self.name).__name__}: expected a text")
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError(f"recipe {self.name!r} needs either epochs or iterations")
-        check_positive(epochs=self.epochs, iterations=self.iterations, batch_size=self.batch_size)
+        check_positive(epochs=self.epochs, iterations=self.iterations, active=self.active)
+        for least, key in ((1, "batch_size"), (0, "warmup"), (0, "crop")):
+            check_number(least, **{key: getattr(self, key)})
+        if not isinstance(self.milestones, (tuple, list)):
+            raise TypeError(f"recipe {self.name!r}: milestones {self.milestones!r} are not fractions in a tuple")
+        rest = {} if self.survival is None else {"survival": self.survival}
+        rest |= {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        for key, value in (*rest.items(), *(("a milestone", value) for value in self.milestones)):
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not a finite number of 0 or more")
         if self.survival is not None and self.active is not None:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
         if self.survival is not None and not 0 < self.survival <= 1:
@@ -142,7 +153,7 @@ def fit(
         recipe: how to train.
         seed: of the order of the images and their augmentation.
         checkpoint: file to write after every epoch and to resume from.
-        stop_after: epochs to run now at the most, to be resumed later.
+        stop_after: epochs to run now at the most, to be resumed later; 0 only reads the checkpoint.
         on_epoch: called with the epoch, from 1, and the chain after every epoch, before the checkpoint is written.
         progress: whether to show a bar, which leaves nothing behind.
 
@@ -151,10 +162,20 @@ def fit(
         ``validation_error``; errors as fractions, training ones averaged over the epoch's augmented batches.
 
     Raises:
-        ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; or there are
-            fewer images than a batch needs.
+        TypeError, ValueError: the checkpoint is corrupt, or belongs to another recipe, seed, network or dataset; there
+            are too few images, or labels that are no classes; the network does not fit, or has diverged.
         OSError: the checkpoint could not be written, as on a full disk; the earlier one is kept.
     """
+    check_chain(chain)
+    for name, value, kind in (("data", data, Dataset), ("recipe", recipe, Recipe)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}: expected a {kind.__name__}")
+    check_number(seed=seed)
+    check_number(stop_after=0 if stop_after is None else stop_after)
+    if not len(data.validation):
+        raise ValueError("data.validation holds no images: training reports on some")
+    if max(int(split.labels.max()) for split in (data.train, data.validation) if len(split)) >= len(data.classes):
+        raise ValueError(f"a label is beyond the {len(data.classes)} classes of the dataset {data.name!r}")
     steps, device = len(data.train) // recipe.batch_size, device_of(chain)
     if not steps:
         raise ValueError(
@@ -167,7 +188,7 @@ def fit(
     identity = {"recipe": asdict(recipe), "seed": seed}
     identity |= {"network": architecture_digest(chain), "data": fingerprint(data.train)}
     history: list[dict[str, Any]] = []
-    path = None if checkpoint is None else Path(checkpoint)
+    path = None if checkpoint is None else check_path(checkpoint=checkpoint)
     if path is not None and path.exists():
         state = _read(path, identity)
         chain.load_state_dict(state["chain"])
@@ -186,7 +207,8 @@ def fit(
             batches = data.train.shuffled(
                 recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device
             )
-            row = _train_epoch(chain, recipe, optimizer, generator, zip(rates, batches), bar)  # noqa: B905 (may be fewer)
+            taken = zip(rates, batches, strict=False)
+            row = _train_epoch(chain, recipe, optimizer, generator, taken, len(data.classes), bar)
             validation = evaluate(as_tested(chain, recipe), data.validation)
             row |= {f"validation_{key}": validation[key] for key in ("loss", "error")}
             history.append({"epoch": epoch + 1} | row)
@@ -208,6 +230,7 @@ def _train_epoch(
     optimizer: torch.optim.SGD,
     generator: torch.Generator,
     steps: Iterable[tuple[float, tuple[Tensor, Tensor]]],
+    classes: int,
     bar: tqdm,
 ) -> dict[str, float]:
     """Take steps, each with its learning rate and its batch, and return the row of the history."""
@@ -220,8 +243,11 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with named_failure(x), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = thinned(chain, recipe, generator)(x)
+        if logits.shape != (len(y), logits.shape[-1]) or logits.shape[-1] < classes:
+            shape = tuple(logits.shape)
+            raise ValueError(f"the network returns {shape} for {len(y)} images of {classes} classes: expected (B, K)")
         loss = cross_entropy(logits.float(), y)
         loss.backward()
         optimizer.step()
@@ -300,12 +326,17 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
         data: a split, or `~unravelling.batches.Batches`; labels of -100 are left out.
 
     Raises:
-        ValueError: there are no batches, or no labels in them.
+        TypeError, ValueError: there are no batches, or no labels that fit; or logits are NaN.
     """
+    if not isinstance(chain, nn.Module):
+        raise TypeError(f"chain is a {type(chain).__name__}: expected a network")
     wrong, loss, images = 0, 0.0, 0
     for x, y in iterate(chain, data):
         with eval_mode(chain), torch.inference_mode():  # around the model alone: the iterator is the caller's
-            logits, labels = chain(x).cpu().double(), y.cpu()  # on the CPU, since a device may lack float64
+            with named_failure(x):
+                logits = chain(x)
+            _check_scored(logits, y)
+            logits, labels = logits.cpu().double(), y.cpu()  # on the CPU, since a device may lack float64
             counted = labels != IGNORED
             logits, labels = logits[counted], labels[counted]
             wrong += int((logits.argmax(-1) != labels).sum())
@@ -314,6 +345,20 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
     if not images:
         raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
     return {"error": wrong / images, "loss": loss / images, "wrong": wrong, "images": images}
+
+
+def _check_scored(logits: Any, labels: Any) -> None:
+    """Raise TypeError or ValueError for logits ``(…, K)`` that are NaN, or that cannot be scored by ``labels``."""
+    if not isinstance(logits, Tensor) or not logits.dim() or not logits.is_floating_point():
+        raise TypeError(
+            f"the network returns a {type(logits).__name__}: expected logits (B, K), or (B, T, K) for tokens"
+        )
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise TypeError(f"y, the labels, has the type {labels.dtype}: expected a tensor of classes, such as y.long()")
+    if not isinstance(labels, Tensor) or (labels != IGNORED).any():
+        check_labels(logits.movedim(-1, 1) if logits.dim() > 1 else logits, labels)
+    if logits.isnan().any():
+        raise ValueError("logits are NaN: the network's weights or the inputs are, or its training has diverged")
 
 
 def architecture_digest(chain: nn.Module) -> str:

@@ -189,10 +189,15 @@ def verify(chain: Chain, origin: Origin, x: Any, tolerance: float | None = None)
     """Compare a chain with the model it came from; see `unravelling.from_model.Unravelled.verify`."""
     model = origin.model
     x = move(x, model)
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
     rows: list[tuple[str, bool, float]] = []
     with preserved(model), eval_mode(chain):
         expected, outputs = _calls(model, x, {name for ends in origin.zeros for name, _ in ends})
         allowed = tolerance_of(model, expected) if tolerance is None else tolerance
+        if not expected.numel() or expected.isnan().any():
+            what = "contain NaN, which hides any difference" if expected.numel() else "are no numbers at all"
+            raise ValueError(f"the model's logits for x {what}: pass at least one input for which they are finite")
 
         def note(check: str, found: Tensor, expected: Tensor, gap: float, where: str) -> None:
             rows.append((check, torch.equal(found, expected), gap))

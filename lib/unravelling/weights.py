@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .chain import Chain, Scale
-from .data import read_tensors, write_tensors
+from .chain import Chain, Scale, check_chain
+from .data import check_path, read_tensors, write_tensors
 from .nets import build
 from .stored import data_folder
 
@@ -34,6 +34,8 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
             an entry that is written anyway.
         OSError: the file could not be written; an earlier one is kept.
     """
+    check_chain(chain)
+    path = check_path(path=path)
     if taken := sorted(header.keys() & set(OWN)):
         raise ValueError(f"the header's entry {taken[0]!r} is written by save itself: choose another name")
     changed = any(unit.is_deleted for unit in chain.units) or any(isinstance(part, Scale) for part in chain.modules())
@@ -50,8 +52,8 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
     if half:
         state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in state.items()}
         header["half"] = True
-    write_tensors(Path(path), state, header)
-    return Path(path)
+    write_tensors(path, state, header)
+    return path
 
 
 def header(name: str | Path) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def load(name: str | Path) -> Chain:
 
 
 def _locate(name: str | Path) -> Path:
-    path = Path(name)
+    path = check_path(name=name)
     if path.suffix == ".safetensors":
         if path.is_file():
             return path
