@@ -3,7 +3,7 @@ mount("damage_map", (root, status, data) => {
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const margins = new Int16Array(bytes(data.margins).buffer);  // a row an image: intact, then without each unit
   const pixels = bytes(data.pixels);
-  const healed = data.reestimated;
+  const healed = data.reestimated, healedDamage = healed && new Int16Array(bytes(healed.damage).buffer);
   const rows = data.labels.length, units = data.units;
   const state = { row: 0, unit: 0, scale: "loss" };
   // images in the order of their classes, as in the static figure
@@ -16,7 +16,7 @@ mount("damage_map", (root, status, data) => {
     margin: (image, unit) => margin(image, 0) - margin(image, unit + 1),
     reestimated: (image, unit) => {
       const column = healed ? healed.units.indexOf(unit) : -1;
-      return column < 0 ? null : healed.damage[image][column];
+      return column < 0 ? null : healedDamage[image * healed.units.length + column] * data.step;
     },
   };
   const names = { loss: "loss", margin: "margin", reestimated: "margin, statistics re-estimated" };
