@@ -156,7 +156,7 @@ def reordering() -> HTML:
                     "label": f"{network_label(name)} on {text}",
                     "stages": [0 if row.is_transition else int(row.stage) for row in kinds.itertuples()],
                     "intact": round(1000 * intact_error(rows), 2),
-                    "orders": [[round(float(tau), 4), round(1000 * float(error), 2)] for tau, error in pairs],
+                    "orders": [[float(tau), round(1000 * float(error), 2)] for tau, error in pairs],
                 }
             )
     networks.sort(key=lambda network: "ResNet-110" not in str(network["label"]))
