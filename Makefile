@@ -36,7 +36,7 @@ PIP = $(RUN) -m pip install --disable-pip-version-check --quiet
 # A run depends on the notebook's code and parameters, which `notes` extracts, on the library and on the data (folders
 # too, since a file may be removed). What changes none of them runs nothing: prose, and outputs written back.
 NAMES := $(basename $(notdir $(wildcard book/*.ipynb)))
-LIBRARY := $(shell find lib/unravelling -name '*.py') $(wildcard book/*.py experiments/config.yaml)
+LIBRARY := $(shell find lib/unravelling -name '*.py') $(wildcard book/*.py book/_static/interactive* experiments/config.yaml)
 DATA := $(shell find data -not -path '*/.*')
 PAGES := _config.yml _toc.yml $(wildcard scripts/*) $(LIBRARY) $(shell find book -type f -not -path '*/.*')
 

@@ -447,7 +447,7 @@ class Case:
         units: how many residual units there are.
         first: name of the module whose input is y_0; None where only the input's gradient is compared.
         vocabulary: number of tokens of a language model; None for images ``(2, 3, 32, 32)``.
-        library: what has to be installed.
+        needs: what has to be installed.
         tolerance: of the logits, relative to their largest; 0 for equality to the last bit.
         reason: why they are not equal to the last bit.
         rounding: of gradients in float64, relative; larger where the model itself computes in float32.
@@ -459,7 +459,7 @@ class Case:
     units: int
     first: str | None = None
     vocabulary: int | None = None
-    library: str = "torch"
+    needs: str = "torch"
     size: int = 32
     tolerance: float = 0.0
     reason: str = ""
@@ -622,28 +622,28 @@ CASES: dict[str, Case] = {
     "convmixer": Case(convmixer, matching(r"\d\.0\.fn"), 3),
     # torchvision
     "torchvision resnet18": Case(
-        lambda: torchvision("resnet18"), matching(r"layer\d\.\d\.bn2"), 8, "layer1.0", library="torchvision"
+        lambda: torchvision("resnet18"), matching(r"layer\d\.\d\.bn2"), 8, "layer1.0", needs="torchvision"
     ),
     "torchvision resnet50": Case(
         lambda: _torchvision_resnet("Bottleneck", [1, 2, 3, 1], width_per_group=16),  # fewer blocks, of all kinds
         matching(r"layer\d\.\d\.bn3"),
         7,
         "layer1.0",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision wide_resnet": Case(
         lambda: _torchvision_resnet("Bottleneck", [1, 2, 1, 1], width_per_group=80),
         matching(r"layer\d\.\d\.bn3"),
         5,
         "layer1.0",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision resnext": Case(
         lambda: _torchvision_resnet("Bottleneck", [1, 2, 2, 1], groups=8, width_per_group=4),
         matching(r"layer\d\.\d\.bn3"),
         6,
         "layer1.0",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision vit": Case(
         lambda: torchvision(
@@ -658,48 +658,48 @@ CASES: dict[str, Case] = {
         matching(r"encoder\.layers\.encoder_layer_\d\.(dropout|mlp)"),
         6,
         "encoder.layers.encoder_layer_0",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision convnext": Case(
         _torchvision_convnext,
         matching(r"features\.\d\.\d\.stochastic_depth"),
         6,
         "features.1.0",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision mobilenet_v2": Case(
         lambda: torchvision("mobilenet_v2", width_mult=0.35),
         matching(r"(?P<parent>features\.\d+)\.conv", residual("use_res_connect")),
         10,
         "features.1",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision mobilenet_v3": Case(
         lambda: torchvision("mobilenet_v3_small", width_mult=0.5),
         matching(r"(?P<parent>features\.\d+)\.block", residual("use_res_connect")),
         7,
         "features.1",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision efficientnet": Case(
         lambda: _torchvision_efficientnet(False),
         matching(r"(?P<parent>features\.\d\.\d)\.stochastic_depth", residual("use_res_connect")),
         4,
         "features.1.0",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision efficientnet_v2": Case(
         lambda: _torchvision_efficientnet(True),
         matching(r"(?P<parent>features\.\d\.\d)\.stochastic_depth", residual("use_res_connect")),
         4,
         "features.1.0",
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision regnet": Case(
         _torchvision_regnet,
         matching(r"trunk_output\.block\d\.[\w-]+\.f"),
         6,
-        library="torchvision",
+        needs="torchvision",
     ),
     "torchvision swin": Case(
         _torchvision_swin,
@@ -707,7 +707,7 @@ CASES: dict[str, Case] = {
             (f"features.{stage}.{i}.{part}",) for stage in (1, 3) for i in (0, 1) for part in ("attn", "mlp")
         ],
         8,
-        library="torchvision",
+        needs="torchvision",
     ),
     # timm
     "timm resnet18": Case(
@@ -715,76 +715,76 @@ CASES: dict[str, Case] = {
         matching(r"layer\d\.\d\.bn2"),
         8,
         "layer1.0",
-        library="timm",
+        needs="timm",
     ),
     "timm resnet26d": Case(
         lambda: timm("resnet26d", channels=(8, 16, 24, 32)),
         matching(r"layer\d\.\d\.bn3"),
         8,
         "layer1.0",
-        library="timm",
+        needs="timm",
     ),
     "timm resnetv2": Case(
         lambda: timm("resnetv2_50", layers=[1, 2, 1, 1], channels=(16, 32, 48, 64)),
         matching(r"stages\.\d\.blocks\.\d\.conv3"),
         5,
         "stages.0.blocks.0",
-        library="timm",
+        needs="timm",
     ),
     "timm vit": Case(
         lambda: timm("vit_tiny_patch16_224", init_values=1e-5, **VIT),
         matching(r"blocks\.\d\.drop_path\d"),
         6,
         "blocks.0",
-        library="timm",
+        needs="timm",
     ),
     "timm deit distilled": Case(
         lambda: timm("deit_tiny_distilled_patch16_224", **VIT),
         matching(r"blocks\.\d\.drop_path\d"),
         6,
         "blocks.0",
-        library="timm",
+        needs="timm",
     ),
     "timm convnext": Case(
         lambda: timm("convnext_atto", depths=(1, 3, 1, 1), dims=(8, 16, 24, 32)),
         matching(r"stages\.\d\.blocks\.\d\.drop_path"),
         6,
         "stages.0",
-        library="timm",
+        needs="timm",
     ),
     "timm mobilenetv3": Case(
         lambda: timm("mobilenetv3_small_050"),
         matching(r"(?P<parent>blocks\.\d\.\d)\.drop_path", lambda block: getattr(block, "has_skip", False)),
         7,
         "blocks.1.0",  # the block before has no skip, nor has any other of its class: it belongs to the stem
-        library="timm",
+        needs="timm",
     ),
     "timm efficientnet_lite": Case(
         lambda: timm("efficientnet_lite0"),
         matching(r"(?P<parent>blocks\.\d\.\d)\.drop_path", residual("has_skip")),
         9,
         "blocks.1.0",  # the block before has no skip, nor has any other of its class: it belongs to the stem
-        library="timm",
+        needs="timm",
     ),
     "timm mixer": Case(
         lambda: _timm_mixer("MixerBlock", "Mlp", (0.5, 2)),
         matching(r"blocks\.\d\.mlp_(tokens|channels)"),
         6,
         "blocks.0",
-        library="timm",
+        needs="timm",
     ),
     "timm gmlp": Case(
         lambda: _timm_mixer("SpatialGatingBlock", "GatedMlp", 2),
         matching(r"blocks\.\d\.drop_path"),
         3,
         "blocks.0",
-        library="timm",
+        needs="timm",
     ),
     "timm regnet": Case(
-        lambda: timm("regnetx_002", depth=7), matching(r"s\d\.b\d+\.drop_path"), 7, "s1.b1", library="timm"
+        lambda: timm("regnetx_002", depth=7), matching(r"s\d\.b\d+\.drop_path"), 7, "s1.b1", needs="timm"
     ),
     "timm nfnet": Case(
-        lambda: timm("test_nfnet"), matching(r"stages\.\d\.\d\.drop_path"), 4, "stages.0.0", library="timm"
+        lambda: timm("test_nfnet"), matching(r"stages\.\d\.\d\.drop_path"), 4, "stages.0.0", needs="timm"
     ),
     # transformers
     "transformers gpt2": Case(
@@ -795,7 +795,7 @@ CASES: dict[str, Case] = {
         4,
         "transformer.h.0",
         vocabulary=11,
-        library="transformers",
+        needs="transformers",
     ),
     "transformers llama": Case(
         lambda: transformer("LlamaForCausalLM", small_transformer(num_key_value_heads=2)),
@@ -803,7 +803,7 @@ CASES: dict[str, Case] = {
         4,
         "model.layers.0",
         vocabulary=11,
-        library="transformers",
+        needs="transformers",
         rounding=1e-6,  # its RMS norms
     ),
     "transformers gpt_neox": Case(
@@ -814,14 +814,14 @@ CASES: dict[str, Case] = {
         2,
         "gpt_neox.layers.0",
         vocabulary=11,
-        library="transformers",
+        needs="transformers",
     ),
     "transformers vit": Case(
         lambda: transformer("ViTForImageClassification", small_transformer(image_size=32, patch_size=8, num_labels=10)),
         matching(r"vit\.layers\.\d\.(attention\.o_proj|mlp)"),
         4,
         "vit.layers.0",
-        library="transformers",
+        needs="transformers",
     ),
     "transformers bert": Case(
         lambda: transformer("BertForSequenceClassification", small_transformer(num_labels=10)),
@@ -829,7 +829,7 @@ CASES: dict[str, Case] = {
         4,
         "bert.encoder.layer.0",
         vocabulary=11,
-        library="transformers",
+        needs="transformers",
     ),
 }
 
@@ -838,7 +838,7 @@ CASES: dict[str, Case] = {
 def built(name: str) -> nn.Module:
     """The model of a case, float32, the same for all tests; skip the test where its library is not installed."""
     case = CASES[name]
-    pytest.importorskip(case.library)
+    pytest.importorskip(case.needs)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return randomize(case.build(), case.inputs(batch=8, seed=2))
