@@ -331,13 +331,20 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def end(number: int, frame: Any) -> None:
+    """Exit, which takes the kernel along; by force where that hangs, and then the kernel follows its parent."""
+    force = threading.Timer(10, os._exit, [128 + number])
+    force.daemon = True
+    force.start()
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit takes the kernel along
+    for ending in (signal.SIGINT, signal.SIGTERM):  # also where a shell had it ignore the former, as in the background
+        signal.signal(ending, end)
     end_with_parent()
     try:
         commands = {each.__name__: each for each in (prepare, execute, pages, refresh, owner)}
         commands[sys.argv[1]](*sys.argv[2:])
     except (BookError, OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)

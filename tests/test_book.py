@@ -257,7 +257,7 @@ def test_interrupted_run_leaves_no_process_and_is_not_taken_for_finished(project
         time.sleep(0.05)
     assert len(kernels(project.root)) >= 3, "make, the builder and a kernel"
     how(process)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=30) != 0
     assert not project.one.exists()
     deadline = time.monotonic() + 60
     while left := kernels(project.root):
