@@ -98,7 +98,7 @@ owner: .venv/.installed
 
 # Needs uv, which CONTRIBUTING.md says how to get.
 lock:
-	uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-header --no-annotate \
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	  --no-emit-package unravelling $(UPGRADE) requirements.txt experiments/requirements.txt --output-file requirements.lock
 
 # What it is compared with is installed for this alone: make bench BENCH='--only training --rounds 3'
