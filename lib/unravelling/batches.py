@@ -85,6 +85,13 @@ def _tensors(x: Any) -> Iterator[Tensor]:
         yield from _tensors(part)
 
 
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raise ValueError unless every label is one of so many classes, or -100."""
+    foreign = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(foreign):
+        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {classes - 1}, or {IGNORED} to ignore it")
+
+
 def check_labels(logits: Tensor, y: Any) -> None:
     """Raise TypeError or ValueError unless ``y`` ``(B, …)`` are classes for logits ``(B, K, …)``, not all of them -100.
 
@@ -98,11 +105,8 @@ def check_labels(logits: Tensor, y: Any) -> None:
     if logits.dim() < 2 or y.shape != (*logits.shape[:1], *logits.shape[2:]):
         shapes = f"{tuple(y.shape)} beside logits of shape {tuple(logits.shape)}"
         raise ValueError(f"y, the labels, have shape {shapes}: expected one label for each image or token")
-    counted, last = y[y != IGNORED], logits.shape[1] - 1
-    foreign = counted[(counted < 0) | (counted > last)]
-    if len(foreign):
-        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
-    if not len(counted):
+    check_classes(y, logits.shape[1])
+    if not (y != IGNORED).any():
         raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
 
 

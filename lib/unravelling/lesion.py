@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import IGNORED, Batches, device_of, eval_mode, iterate
+from .batches import IGNORED, Batches, check_classes, device_of, eval_mode, iterate
 from .chain import Chain, Unit, check_chain, check_positive
 from .data import Split
 from .stats import paired_bootstrap, wilson
@@ -196,10 +196,8 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if logits.shape[logits.dim() - labels.dim() - 1 : -1] != labels.shape:
         shapes = f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}"
         raise ValueError(f"there are {shapes}: expected a label for each row of logits over the classes")
-    kept, last = labels != IGNORED, logits.shape[-1] - 1
-    foreign = labels[kept & ((labels < 0) | (labels > last))]
-    if len(foreign):
-        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {last}, or {IGNORED} to ignore it")
+    check_classes(labels, logits.shape[-1])
+    kept = labels != IGNORED
     chosen = torch.where(kept, labels, 0).expand(logits.shape[:-1])
     values = logits.logsumexp(-1) - logits.gather(-1, chosen[..., None])[..., 0]
     return (logits.argmax(-1) != labels) & kept, torch.where(kept, values, 0), kept

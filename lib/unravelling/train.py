@@ -201,12 +201,10 @@ def fit(
     bar = tqdm(total=total, desc=f"training for {last} epochs", leave=False, disable=not progress)
     with bar, _denormals_flushed():
         for epoch in range(len(history), last):
-            rates = [
-                recipe.lr_at(step, iterations) for step in range(epoch * steps, min((epoch + 1) * steps, iterations))
-            ]
-            batches = data.train.shuffled(
-                recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device
-            )
+            ahead = range(epoch * steps, min((epoch + 1) * steps, iterations))
+            rates = [recipe.lr_at(step, iterations) for step in ahead]
+            how: dict[str, Any] = {"crop": recipe.crop, "flip": recipe.flip, "device": device}
+            batches = data.train.shuffled(recipe.batch_size, generator, **how)
             taken = zip(rates, batches, strict=False)
             row = _train_epoch(chain, recipe, optimizer, generator, taken, len(data.classes), bar)
             validation = evaluate(as_tested(chain, recipe), data.validation)
