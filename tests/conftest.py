@@ -1,10 +1,12 @@
 """Settings that all tests share."""
 
 import shutil
+from functools import singledispatch
 
 import pytest
 import torch
 from hypothesis import settings
+from unravelling import from_model
 
 settings.register_profile("unravelling", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("unravelling")
@@ -20,6 +22,14 @@ def isolated(tmp_path, monkeypatch):
     monkeypatch.delenv("UNRAVELLING_DATA", raising=False)
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def block_units(monkeypatch):
+    """Return the library's `block_units` with a register of its own, so that a test's classes stay the test's."""
+    fresh = singledispatch(from_model.block_units.__wrapped__)
+    monkeypatch.setattr(from_model, "block_units", fresh)
+    return fresh
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ Skipped where no Chromium is installed. Nothing is downloaded.
 
 import json
 import re
-import shutil
 import sys
 from itertools import combinations, product
 from math import comb
@@ -22,18 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
 import interactive  # noqa: E402  (it lies beside the notebooks that use it)
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 INK = {"light": ("#fff", "#222"), "dark": ("#14181e", "#ced6dd")}
 NAMES = "lesion_bench", "unravelled_network", "path_lengths", "reordering", "damage_map"
 MAKERS = {name: getattr(interactive, name) for name in NAMES}
 FIGURES = sorted(MAKERS)
-browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
-
-
-@pytest.fixture(scope="session")
-def browser_type_launch_args(browser_type_launch_args):
-    return {**browser_type_launch_args, "executable_path": CHROMIUM, "args": ["--no-sandbox"]}
-
 
 @pytest.fixture(scope="session")
 def made():
@@ -119,7 +110,6 @@ def test_numbers_that_json_lacks_are_refused():
         interactive.figure("lesion_bench", [float("nan")], "Label", "Hint")
 
 
-@browser
 @pytest.mark.parametrize("theme", INK)
 @pytest.mark.parametrize("width", [390, 1300])
 @pytest.mark.parametrize("name", FIGURES)
@@ -138,7 +128,6 @@ def test_figure_appears_without_faults(show, name, width, theme):
     page.screenshot(path=folder / f"interactive-{name}-{width}-{theme}.png", full_page=True)
 
 
-@browser
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure_says_why_it_is_missing_without_scripts(show, name):
     page = show(name, java_script_enabled=False)
@@ -146,7 +135,6 @@ def test_figure_says_why_it_is_missing_without_scripts(show, name):
     assert page.locator(".unravelling svg, .unravelling input").count() == 0
 
 
-@browser
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure_leaves_paper_to_the_static_one(show, name):
     page = show(name)
@@ -154,7 +142,6 @@ def test_figure_leaves_paper_to_the_static_one(show, name):
     assert page.locator(".unravelling").is_hidden()
 
 
-@browser
 @pytest.mark.parametrize("name", FIGURES)
 def test_shown_twice_both_answer(show, made, name):
     page = show(name, markup=made(name) * 2)
@@ -163,7 +150,6 @@ def test_shown_twice_both_answer(show, made, name):
     assert page.faults == []
 
 
-@browser
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure_is_accessible(show, name):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
@@ -185,7 +171,6 @@ def of_unit(dataset, network, unit):
     return rows["error"], rows.iloc[0]
 
 
-@browser
 def test_bench_shows_error_interval_and_stage_of_a_unit(show):
     page = show("lesion_bench")
     strip = page.get_by_role("slider", name="Unit")
@@ -206,7 +191,6 @@ def test_bench_shows_error_interval_and_stage_of_a_unit(show):
     assert "unit 53" in status(page)
 
 
-@browser
 def test_bench_follows_pointer_and_finger(show):
     page = show("lesion_bench")
     box = page.locator("[data-unit='18']").bounding_box()
@@ -218,7 +202,6 @@ def test_bench_follows_pointer_and_finger(show):
     assert "without unit 30 " in status(page)
 
 
-@browser
 def test_bench_shows_every_network_of_both_data_sets(show):
     page = show("lesion_bench")
     for label, dataset in {"Digits": "digits", "CIFAR-10": "cifar10"}.items():
@@ -237,7 +220,6 @@ def test_bench_shows_every_network_of_both_data_sets(show):
             assert page.locator("[data-unit]").count() == rows["unit"].nunique()
 
 
-@browser
 @pytest.mark.parametrize(("dataset", "label"), [("digits", "Digits"), ("cifar10", "CIFAR-10")])
 def test_bench_switches_the_statistics_of_a_stored_draw(show, dataset, label):
     page = show("lesion_bench")
@@ -283,7 +265,6 @@ def counted(page):
     return [tuple(map(int, column)) for column in zip(*rows, strict=True)]
 
 
-@browser
 def test_block_2_of_3_halves_the_paths(show):
     page = show("unravelled_network")
     assert "8 of 8 paths left" in status(page)
@@ -300,7 +281,6 @@ def test_block_2_of_3_halves_the_paths(show):
     assert "8 of 8 paths left" in status(page)
 
 
-@browser
 def test_every_choice_of_branches_leaves_the_paths_that_avoid_the_others(show):
     page = show("unravelled_network")
     page.get_by_role("slider", name="Blocks").focus()
@@ -320,7 +300,6 @@ def test_every_choice_of_branches_leaves_the_paths_that_avoid_the_others(show):
         assert exact == (n - len(off) < 2)
 
 
-@browser
 def test_the_number_of_blocks_goes_from_one_to_six(show):
     page = show("unravelled_network", 390)
     blocks = page.get_by_role("slider", name="Blocks")
@@ -335,7 +314,6 @@ def test_the_number_of_blocks_goes_from_one_to_six(show):
     assert page.get_by_role("button", name="branch").count() == 1
 
 
-@browser
 def test_gradient_is_the_sum_over_paths_and_the_output_is_not(show):
     page = show("unravelled_network")
     assert "the sum over these paths is not" in status(page)
@@ -358,7 +336,6 @@ def set_slider(page, name, value):
     page.get_by_role("slider", name=name).fill(str(value))
 
 
-@browser
 @pytest.mark.parametrize(("n", "decay"), [(54, 0.26), (9, 0.5), (100, 1.0), (1, 0.02)])
 def test_lengths_follow_count_and_decay(show, n, decay):
     page = show("path_lengths")
@@ -374,7 +351,6 @@ def test_lengths_follow_count_and_decay(show, n, decay):
     assert f"5 to 17 hold {inside[0]} of the paths and {inside[1]} of the product" in status(page)
 
 
-@browser
 @pytest.mark.parametrize(("dataset", "label"), [("digits", "Digits"), ("cifar10", "CIFAR-10")])
 def test_exact_spectrum_is_the_stored_one_at_every_epoch(show, dataset, label):
     page = show("path_lengths")
@@ -436,7 +412,6 @@ def check_order(page, dataset, network):
     return order
 
 
-@browser
 def test_a_unit_moves_by_buttons_within_its_stage(show):
     page = show("reordering")
     strip, right = page.get_by_role("slider", name="Place"), page.get_by_role("button", name="Move right")
@@ -460,7 +435,6 @@ def test_a_unit_moves_by_buttons_within_its_stage(show):
     assert order_of(page) == list(range(54))
 
 
-@browser
 def test_a_unit_moves_by_dragging(show):
     page = show("reordering")
     choose(page, "Network", "plain-20 on digits")
@@ -497,7 +471,6 @@ def check_cell(page):
     return int(image), int(unit)
 
 
-@browser
 def test_map_says_what_an_image_loses(show):
     page = show("damage_map")
     cell = page.get_by_role("slider", name="Cell")
@@ -515,7 +488,6 @@ def test_map_says_what_an_image_loses(show):
     assert cell.get_attribute("aria-valuetext") == status(page)
 
 
-@browser
 def test_map_follows_the_pointer(show):
     page = show("damage_map")
     box = page.locator("canvas.map").bounding_box()
@@ -527,7 +499,6 @@ def test_map_follows_the_pointer(show):
     assert len(seen) == 3
 
 
-@browser
 def test_map_shows_the_digit_and_its_colours(show):
     page = show("damage_map")
     read = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
@@ -547,7 +518,6 @@ def test_map_shows_the_digit_and_its_colours(show):
         assert ((colours[0, :, 0] > colours[0, :, 2]) == (added > 0))[strong].all()  # orange where the loss grows
 
 
-@browser
 def test_map_shows_the_damage_with_statistics_re_estimated(show):
     damage = np.zeros((500, 2))
     damage[:, 1] = np.arange(500) / 100

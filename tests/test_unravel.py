@@ -15,7 +15,7 @@ import unravelling
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from unravelling import Chain, Unit, block_units, delete_each, delete_random, gradient_by_length, reorder, unravel
+from unravelling import Chain, Unit, delete_each, delete_random, gradient_by_length, reorder, unravel
 from unravelling.batches import inputs_and_labels
 from unravelling.chain import NoSkip
 from unravelling.from_model import Call
@@ -105,7 +105,7 @@ def tokens():
 # ---------------------------------------------------------------- blocks
 
 
-def test_block_of_ones_own_in_three_lines():
+def test_block_of_ones_own_in_three_lines(block_units):
     class Mine(Guarded):
         pass
 
@@ -123,7 +123,7 @@ def test_block_of_ones_own_in_three_lines():
     assert {id(p) for p in chain.parameters()} == {id(p) for p in model.parameters()}
 
 
-def test_wrong_units_of_a_class_are_noticed_and_named():
+def test_wrong_units_of_a_class_are_noticed_and_named(block_units):
     class Careless(Guarded):
         pass
 
@@ -535,7 +535,7 @@ def test_a_part_without_gradient_stays_without_one():
     assert (table.equal == table.compared).all()
 
 
-def test_a_registered_block_keeps_a_backward_pass_of_its_own():
+def test_a_registered_block_keeps_a_backward_pass_of_its_own(block_units):
     class Registered(OwnBackward):
         pass
 
@@ -710,7 +710,7 @@ def test_a_transition_is_a_unit_that_changes_the_shape_of_its_state():
     assert [unit.stage for unit in chain.units] == [1, 1, 2, 2]
 
 
-def test_a_registered_block_that_takes_more_than_the_state_is_read_from_its_graph():
+def test_a_registered_block_that_takes_more_than_the_state_is_read_from_its_graph(block_units):
     class Gated(Block):
         def forward(self, y, gate):
             return y + self.tanh(self.linear(self.norm(y))) * gate

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from unravelling import gradient_by_length, unravel
 from unravelling.tracing.trace import Unsupported
+from unravelling.verify import refuse_at_other_sizes
 
 
 def linear():
@@ -195,6 +197,18 @@ def test_guards_of_export_are_enforced(limit):
     with pytest.raises(ValueError, match=rf"other sizes .*{limit}.*Unravel the model with an example of the new size"):
         chain(sequences[:, :13])
     assert torch.equal(unravel(model, sequences)(sequences), model(sequences))
+
+
+@pytest.mark.parametrize("decide", [lambda x, y: len(x) == 2, lambda x, y: x.shape[1] == 5])
+def test_a_chain_that_is_right_for_the_example_alone_is_refused(decide):
+    """The model stands for one whose tracing lost that its forward pass depends on sizes."""
+    model, x = net(add), torch.randn(2, 5, 8)
+    chain = unravel(model, x)
+    refuse_at_other_sizes(chain, chain._origin, x)
+    other = Sized(lambda x, y: y if decide(x, y) else y.flip(-1))
+    other.i, other.blocks, other.o = nn.Identity(), model, nn.Identity()
+    with pytest.raises(Unsupported, match="not for inputs of the sizes"):
+        refuse_at_other_sizes(chain, dataclasses.replace(chain._origin, model=other.eval()), x)
 
 
 def test_sizes_stay_free_with_len_args_and_kwargs():

@@ -40,7 +40,6 @@ from torch.autograd import grad
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from unravelling import Chain, Unit, delete_each, gradient_by_length, path_gradients, unravel
-from unravelling.from_model import block_units
 
 EVERY = pytest.mark.parametrize("name", CASES)
 # One of a family, where a test is slow.
@@ -580,7 +579,7 @@ class Doubled(nn.Module):
         return torch.sigmoid(x) * 2
 
 
-def test_block_registered_in_three_lines():
+def test_block_registered_in_three_lines(block_units):
     @block_units.register
     def _(block: ReadersBlock) -> list[Unit]:
         return [Unit(nn.Sequential(block.norm, block.f, nn.Tanh()), nn.Sequential(block.g, Doubled()))]
@@ -606,7 +605,7 @@ class Wrong(nn.Module):
         return x + torch.tanh(self.f(x))
 
 
-def test_branch_that_already_contains_the_stream_is_named():
+def test_branch_that_already_contains_the_stream_is_named(block_units):
     @block_units.register
     def _(block: Wrong) -> list[Unit]:
         return [Unit(block)]
