@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -48,56 +50,50 @@ class LiveBytes(TorchDispatchMode):
         self.alive -= size
 
 
-def branch_evaluations(chain: Chain, arm: Callable[[], Any]) -> int:
-    """Return how many images went through a branch, over all branches, while ``arm`` ran."""
-    images = 0
+@contextlib.contextmanager
+def counting(chain: Chain | None) -> Iterator[Counter[str]]:
+    """Count under ``images`` how many images go through a branch, over all branches, in a ``with`` block."""
+    counted: Counter[str] = Counter()
 
     def seen(module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        nonlocal images
-        images += len(inputs[0])
+        counted["images"] += len(inputs[0])
 
-    handles = [unit.branch.register_forward_hook(seen) for unit in chain.units if unit.branch is not None]
+    branches = [unit.branch for unit in chain.units if unit.branch is not None] if chain else []
+    handles = [branch.register_forward_hook(seen) for branch in branches]
     try:
-        arm()
+        yield counted
     finally:
         for handle in handles:
             handle.remove()
-    return images
 
 
-def compare(
-    work: str, setting: str, arms: Arms, rounds: int, *, chain: Chain | None = None, memory: bool = True
-) -> pd.DataFrame:
-    """Time the arms in turn, round after round, after one unmeasured round.
+def compare(work: str, setting: str, arms: Arms, rounds: int, *, chain: Chain | None = None) -> pd.DataFrame:
+    """Run every arm once to count, then time the arms in turn, round after round.
 
     Args:
         work: what is done, and ``setting``: on which network and input; both are columns.
         arms: what is compared; the second is the baseline.
         rounds: how often each of them runs.
-        chain: whose branch evaluations are counted, in a run of its own; None where that means nothing.
-        memory: whether a further run of each arm counts live bytes.
+        chain: whose branch evaluations and live bytes are counted; None where they mean nothing.
 
     Returns:
         One row an arm: ``work``, ``setting``, ``arm``, ``minimum`` and ``median`` (seconds), ``ratio`` (the baseline's
         median over the arm's: above 1 is faster), ``branch_evaluations`` (images), ``peak_bytes``, ``rounds``.
     """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, arm in arms.items():
+        rows[name] = {"work": work, "setting": setting, "arm": name}
+        with counting(chain) as counted, LiveBytes() if chain else contextlib.nullcontext() as live:
+            arm()
+        if live:
+            rows[name] |= {"branch_evaluations": counted["images"], "peak_bytes": live.peak}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for lap, (name, arm) in itertools.product(range(rounds + 1), arms.items()):
+    for _, (name, arm) in itertools.product(range(rounds), arms.items()):
         start = time.perf_counter()
         arm()
-        if lap:
-            seconds[name].append(time.perf_counter() - start)
-    baseline = statistics.median(seconds[list(arms)[min(1, len(arms) - 1)]])
-    rows = []
-    for name, arm in arms.items():
+        seconds[name].append(time.perf_counter() - start)
+    baseline = statistics.median(seconds[list(arms)[1]])
+    for name, row in rows.items():
         median = statistics.median(seconds[name])
-        row = {"work": work, "setting": setting, "arm": name, "minimum": min(seconds[name]), "median": median}
-        row |= {"ratio": baseline / median, "rounds": rounds}
-        if chain is not None:
-            row["branch_evaluations"] = branch_evaluations(chain, arm)
-        if memory:
-            with LiveBytes() as live:
-                arm()
-            row["peak_bytes"] = live.peak
-        rows.append(row)
-    return pd.DataFrame(rows)
+        row |= {"minimum": min(seconds[name]), "median": median, "ratio": baseline / median, "rounds": rounds}
+    return pd.DataFrame(list(rows.values()))
