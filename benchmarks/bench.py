@@ -29,6 +29,7 @@ from nnsight import NNsight
 from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 from unravelling import RECIPES, Chain, Dataset, Split, build, digits, fit, gradient_by_length, unravel
@@ -324,7 +325,27 @@ def growth(rounds: int) -> Tables:
             yield pd.DataFrame([row | {"rounds": 1, "peak_bytes": live.peak}])
 
 
-GROUPS = {f.__name__: f for f in (deletions, many, gradients, training, tracing, importing, growth)}
+def profiles(rounds: int) -> Tables:
+    """Which operators the time goes to, as shares of all time within operators, by torch's profiler."""
+    chain, (x, y) = build("resnet110", "digits").eval(), digits().test.batches(32)[0]
+    trained, data = build("resnet20", "cifar10"), noise_dataset(640)
+    works: dict[str, Callable[[], Any]] = {
+        "a loop over without": partial(loop, chain, x),
+        "delete_each": partial(delete_each, chain, [(x, y)]),
+        "gradient_by_length": partial(gradient_by_length, chain, x, y),
+        "fit": partial(fit, trained, data, RECIPES["short"], stop_after=1, progress=False),
+    }
+    for work, run in works.items():
+        run()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            run()
+        spent = pd.Series({row.key: row.self_cpu_time_total for row in profiled.key_averages()}).nlargest(200)
+        rows = [{"arm": name, "share": share} for name, share in (spent / spent.sum()).head(6).items()]
+        setting = "ResNet-20, 32 × 32" if work == "fit" else "ResNet-110, 8 × 8, batch 32"
+        yield pd.DataFrame(rows).assign(work=f"profile of {work}", setting=setting, rounds=1)
+
+
+GROUPS = {f.__name__: f for f in (deletions, many, gradients, training, tracing, importing, growth, profiles)}
 
 
 def commit() -> str:
