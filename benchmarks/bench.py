@@ -305,7 +305,11 @@ def growth(rounds: int) -> Tables:
     }
 
     def tower(n: int, batch: int, side: int) -> tuple[Chain, Tensor, Tensor]:
-        return build(f"resnet{2 * n + 2}", "digits").eval(), *images((batch, 1, side, side))
+        chain = build(f"resnet{2 * n + 2}", "digits").eval()
+        for part in chain.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                torch.nn.init.constant_(part.weight, n**-0.5)  # so that untrained networks of any depth stay finite
+        return chain, *images((batch, 1, side, side))
 
     cases = [("units", n, partial(tower, n, 4, 8)) for n in (9, 27, 54, 108, 270, 810)]
     cases += [("batch", batch, partial(tower, 27, batch, 8)) for batch in (16, 64, 256)]
