@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch._dynamo
 from captum.attr import LayerFeatureAblation
 from measuring import Arms, LiveBytes, compare
 from nnsight import NNsight
@@ -378,6 +379,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # each kind of unit and size of batch is one: beyond, they run uncompiled
     told = {"threads": options.threads, "hardware": processor(), "torch": torch.__version__.partition("+")[0]}
     told |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}
     for name in options.only:
