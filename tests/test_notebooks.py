@@ -28,7 +28,7 @@ _spec.loader.exec_module(book)
 code = book.code
 TAGS = {"colab", "remove-cell", "remove-input", "hide-input", "hide-output", "parameters",
         "nbval-check-output", "nbval-skip"}
-WITHOUT_PARAMETERS = {"index", "claims"}
+WITHOUT_PARAMETERS = {"index", "claims", "how-fast"}
 
 
 # -- policies ------------------------------------------------------------------------------------------------
