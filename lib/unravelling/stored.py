@@ -20,16 +20,21 @@ DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
 
 
 def data_folder() -> Path:
-    """Return the project's ``data`` folder: in the working directory, in one above it, or beside the library's source.
+    """Return the folder with the project's stored results, trained networks and claims.
+
+    It is ``data`` in the working directory, in one above it, or beside the library's source; otherwise the copy that
+    was installed with the library, in which the networks trained on CIFAR-10 are missing.
 
     Raises:
         FileNotFoundError: it is in none of these.
     """
-    here = Path.cwd()
-    for folder in [here, *here.parents, Path(__file__).resolve().parents[2]]:
-        if (folder / "data" / "results").is_dir():
-            return folder / "data"
-    raise FileNotFoundError(f"no data/results in {here} or above it: run from a clone of the project, or pass a path")
+    here, library = Path.cwd(), Path(__file__).resolve().parent
+    clones = [here, *here.parents, library.parents[1]]
+    for folder in [*(clone / "data" for clone in clones), library / "_stored"]:
+        if (folder / "results").is_dir():
+            return folder
+    raise FileNotFoundError(f"no data/results in {here} or above it, and none came with the library in {library}: "
+                            "install the library from the repository, or run from a clone of it")
 
 
 def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
