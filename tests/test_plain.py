@@ -60,6 +60,12 @@ def test_what_has_no_plain_form_is_refused(myst, fragment):
         plain.plain(new_notebook(cells=[new_markdown_cell(myst)]), REFERENCES, "")
 
 
+def test_a_figure_that_was_not_drawn_is_refused():
+    cell = new_code_cell("plot()", metadata={"mystnb": {"figure": {"name": "fig-b", "caption": "B"}}})
+    with pytest.raises(plain.NotPlain, match="fig-b"):
+        plain.plain(new_notebook(cells=[cell]), REFERENCES, "")
+
+
 def test_strings_of_code_become_plain_and_the_code_still_runs(capsys):
     source = ('n, figure, page = 2, "fig-a", "05-x"\n'
               'print(f"{n} {{cite}}`a` {{numref}}`{figure}` [to]({page})" + " {eq}`eq-1`")')
