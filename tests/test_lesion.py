@@ -434,7 +434,7 @@ def test_labels_of_the_wrong_kind_or_number():
     x, y = images(3)
     with pytest.raises(ValueError, match=r"^the labels are a torch.FloatTensor: pass a loss that knows"):
         delete_each(small("pre"), (x, y.float()))
-    with pytest.raises(ValueError, match=r"^there are labels \(3, 2\) for logits \(3, 10\): expected a label for each"):
+    with pytest.raises(ValueError, match=r"^y, the labels, have shape \(3, 2\) beside logits of shape"):
         delete_each(small("pre"), (x, y[:, None].expand(3, 2)))
     small_labels = delete_each(small("pre"), (x, torch.tensor([1, 2, 3], dtype=torch.uint8)))
     assert small_labels.equals(delete_each(small("pre"), (x, torch.tensor([1, 2, 3]))))

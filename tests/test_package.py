@@ -205,8 +205,8 @@ def test_each_range_is_written_once():
 # -- floors --------------------------------------------------------------------------------------------------
 
 FLOORS = [
-    ["chain", "stats"],
-    ["data"],
+    ["chain"],
+    ["data", "stats"],
     ["batches", "nets", "stored"],
     ["paths", "lesion", "train", "weights", "wording"],
     ["ensemble", "plots", "tracing.trace"],
