@@ -132,6 +132,7 @@ class Unit(nn.Module):
         self.name = name
         self.stage = stage
         self.is_transition = _changes_shape(self.skip) if transition is None else transition
+        self.is_changed = False  # made from another unit, by deleting its branch or putting another in its place
 
     @property
     def has_identity_skip(self) -> bool:
@@ -178,6 +179,7 @@ class Unit(nn.Module):
     def _with(self, branch: nn.Module | None, skip: nn.Module | None = None) -> Unit:
         options: dict[str, Any] = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
         unit = Unit(branch, skip or self.skip, self.post, residual=self.residual or branch is None, **options)
+        unit.is_changed = True
         for part in filter(None, (unit, branch, skip)):  # .train() would also set the mode of shared modules
             part.training = self.training
         return unit

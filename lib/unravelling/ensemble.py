@@ -112,10 +112,7 @@ def disagreement(logits: np.ndarray) -> float:
     """Return the share of images on which two different members disagree, averaged over all pairs of members.
 
     Args:
-        logits: of the members, ``(members, images, K)``.
-
-    Raises:
-        ValueError: fewer than two members.
+        logits: of the members, ``(members, images, K)``; a ValueError for fewer than two.
     """
     logits = _members(logits, 2)
     members, classes = len(logits), logits.shape[-1]

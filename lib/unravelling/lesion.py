@@ -136,8 +136,7 @@ def evaluate_variants(
     Args:
         chain: the network; its modes and parameters stay as they are.
         data: a split, or `~unravelling.batches.Batches`.
-        variants: each a sequence of units, where i is unit i, ``~i`` (that is -i - 1) is unit i deleted, and a `Unit`
-            is itself.
+        variants: each a sequence of units, by number i, deleted as ``~i`` (that is -i - 1), or a unit of your own.
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
         options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time,
             which may take a state a unit and three more, is always computed, and where a unit enlarges its state, what

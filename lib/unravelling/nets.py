@@ -45,16 +45,13 @@ def resnet(
     stage halve the image. ``resnet(110)`` has the 54 units that Veit et al. (2016) take apart.
 
     Args:
-        depth: number of weighted layers, 6n + 2.
+        depth: number of weighted layers; a ValueError where it is not 6n + 2.
         in_channels: channels of the images ``(B, in_channels, H, W)``.
         classes: number of classes K of the logits ``(B, K)``.
         width: channels of the first stage.
         preactivation: True for BN-ReLU-conv twice, False for the 2015 form with a ReLU after the sum.
-        shortcut: ``"pad"`` without parameters, or ``"projection"``, a 1×1 convolution, at the transitions.
+        shortcut: ``"pad"`` without parameters, or ``"projection"``, a 1×1 convolution, at the transitions; a ValueError for others.
         seed: of the initial weights; the global generator is left alone.
-
-    Raises:
-        ValueError: the depth is not 6n + 2, or the shortcut is unknown.
     """
     if check_number(None, depth=depth) < 8 or (depth - 2) % 6:
         near = max(8, round((depth - 2) / 6) * 6 + 2)

@@ -82,14 +82,11 @@ def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
     unit, and their sum is the ordinary gradient, exactly.
 
     Args:
-        chain: a network of at most 12 units, in eval mode.
+        chain: a network of at most 12 units, in eval mode; a ValueError for more.
         x, y, loss: as in `gradient_norms`.
 
     Returns:
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
-
-    Raises:
-        ValueError: the chain has more than 12 units.
     """
     if len(check_chain(chain)) > 12:
         raise ValueError(f"{len(chain)} units make 2^{len(chain)} paths: use gradient_by_length for more than 12")
@@ -237,15 +234,12 @@ def canonical_split(chain: Chain, x: Any, samples: int = 16, seed: int = 0) -> p
     Args:
         chain: the network, in eval mode.
         x: as in `gradient_norms`; labels beside it are left alone.
-        samples: probes, at least 2.
+        samples: probes; a ValueError for fewer than 2.
         seed: of the probes.
 
     Returns:
         One row a unit, with ``unit``, ``name``, ``c``, its ``standard_error`` over the probes for these images. Both
         are NaN where there is no such split: in a deleted or plain unit, or one whose skip is not the identity.
-
-    Raises:
-        ValueError: fewer than 2 samples.
     """
     check_number(2, samples=samples)
     random = torch.Generator().manual_seed(check_number(seed=seed))
@@ -339,15 +333,12 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
     Args:
         chain: the network, in eval mode; float64 for lengths at which the gradient is tiny.
         x, y, loss: as in `gradient_norms`.
-        repeats: independent draws of all signs, at least 2.
+        repeats: independent draws of all signs; a ValueError for fewer than 2.
         seed: of the signs.
 
     Returns:
         One row a length, with ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how
         many there are; ``rms_norm``, the root mean square of ‖g_path‖.
-
-    Raises:
-        ValueError: fewer than 2 repeats.
     """
     if check_number(1, repeats=repeats) == 1:
         raise ValueError("1 repeats give no standard error: use at least 2")
@@ -384,10 +375,7 @@ def length_distribution(n: int) -> pd.DataFrame:
 def surviving(n: int, d: int) -> pd.DataFrame:
     """Return the share of the paths of each length that survive when d of n units are deleted, C(n-d, k) / C(n, k).
 
-    Compare figure 7 of Veit et al. (2016). Columns: ``length``, ``share``.
-
-    Raises:
-        ValueError: there are fewer than d units.
+    Compare figure 7 of Veit et al. (2016). Columns: ``length``, ``share``. Raises ValueError for fewer than d units.
     """
     if check_number(d=d) > check_number(n=n):
         raise ValueError(f"cannot delete {d} of {n} units")

@@ -62,13 +62,9 @@ def error_difference(first: float, second: float, images: int, level: float = 0.
     hard ones, which makes it too wide rather than too narrow.
 
     Args:
-        first: error of one network, as a fraction.
-        second: error of the other.
+        first, second: error of one network and of the other, as fractions; a ValueError outside 0 to 1.
         images: how many each was tested on.
         level: coverage.
-
-    Raises:
-        ValueError: an error lies outside 0 to 1.
     """
     given = {"first": first, "second": second, "images": images}
     if any(_numbers(name, value).size != 1 for name, value in given.items()):

@@ -75,15 +75,14 @@ class Recipe:
             check_number(least, **{key: getattr(self, key)})
         if not isinstance(self.milestones, (tuple, list)):
             raise TypeError(f"recipe {self.name!r}: milestones {self.milestones!r} are not fractions in a tuple")
-        rates = [(key, getattr(self, key)) for key in ("lr", "momentum", "weight_decay", "survival")]
+        rates = [(key, getattr(self, key)) for key in ("lr", "momentum", "weight_decay")]
         for key, value in (*rates, *(("a milestone", value) for value in self.milestones)):
-            optional = key == "survival" and value is None
-            if not optional and (not isinstance(value, (int, float)) or not 0 <= value < math.inf):
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not a finite number of 0 or more")
         if self.survival is not None and self.active is not None:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
-        if self.survival is not None and not 0 < self.survival <= 1:
-            raise ValueError(f"recipe {self.name!r}: survival {self.survival} is not a probability above 0")
+        if self.survival is not None and not (isinstance(self.survival, (int, float)) and 0 < self.survival <= 1):
+            raise ValueError(f"recipe {self.name!r}: survival {self.survival!r} is not a probability above 0")
         for key, allowed in {"schedule": ("onecycle", "steps"), "precision": ("float32", "bfloat16", "auto")}.items():
             if (value := getattr(self, key)) not in allowed:
                 raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not one of {', '.join(allowed)}")
