@@ -50,7 +50,7 @@ def resnet(
         classes: number of classes K of the logits ``(B, K)``.
         width: channels of the first stage.
         preactivation: True for BN-ReLU-conv twice, False for the 2015 form with a ReLU after the sum.
-        shortcut: ``"pad"`` without parameters, or ``"projection"``, a 1×1 convolution, at the transitions; a ValueError for others.
+        shortcut: at the transitions ``"pad"``, without parameters, or ``"projection"`` (1×1), or else a ValueError.
         seed: of the initial weights; the global generator is left alone.
     """
     if check_number(None, depth=depth) < 8 or (depth - 2) % 6:
