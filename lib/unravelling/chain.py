@@ -247,6 +247,14 @@ class Chain(nn.Module):
             y = unit(y)
         return self.head(y)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "generate":
+            raise AttributeError(
+                "a chain computes logits and keeps no state between calls, so it has no generate: write the loop, such "
+                "as tokens = torch.cat([tokens, chain(tokens)[:, -1:].argmax(-1)], 1)"
+            )
+        return super().__getattr__(name)
+
     def trace(self, x: Tensor) -> list[Tensor]:
         """Return the states y_0 … y_n, n + 1 tensors, for images ``x`` of shape ``(B, C, H, W)``."""
         states = [self.stem(x)]

@@ -154,7 +154,8 @@ def _read_from(
     if len(loaded) > len(stretches) / 2 and all(_same_shape(reading, s.end, s.start) for s in loaded):
         warnings.append(
             f"{len(loaded)} units have no identity beside their branch, but a layer with weights of its own, as LoRA "
-            f"has its base layer (the first in {place(reading, loaded[0].end)}): a deletion leaves that layer"
+            f"has its base layer, or a mixture of streams (the first in {place(reading, loaded[0].end)}): a deletion "
+            "leaves that layer"
         )
     return reading, stretches, warnings
 
@@ -481,6 +482,8 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
         if len(skips) != 1:
             names = [{n.rpartition(".")[2].lower() for node in way for _, n in reading.stacks[node]} for way in ways]
             skips = [i for i, own in enumerate(names) if any(word in name for name in own for word in SKIPS)]
+        if len(skips) != 1 and _same_shape(reading, end, start):  # or one operation, such as a mixture of streams
+            skips = [i for i, way in enumerate(ways) if len(way) == 1 < max(map(len, ways))]
         if len(skips) != 1:
             return None
     branches = [i for i in range(len(terms)) if i not in skips]
@@ -599,9 +602,9 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
         )
     if sums:
         return (
-            f"{name} has {len(sums)} additions, but no chain of residual units: their skips cross or overlap, or no "
-            f"operand is a skip (the first in {place(reading, sums[0])}). Say which modules are the blocks: units=…, "
-            "branch=…"
+            f"{name} has {len(sums)} additions, but no chain of residual units: their skips cross or overlap, as where "
+            "several streams run beside each other, or no operand is a skip (the first in "
+            f"{place(reading, sums[0])}). Say which modules are the blocks: units=…, branch=…"
         )
     return (
         f"{name} has no skip: no addition joins a value with what is computed from it. To take a plain network apart, "
@@ -679,6 +682,9 @@ def _addends(reading: Reading, stretch: Stretch) -> list[fx.Node]:
     addends, todo = [], [node for node, _ in stretch.branch]
     while todo:
         node = todo.pop()
+        inner = reading.itself(node)  # what a dropout without a module, which does nothing in eval mode, is applied to
+        if not reading.output(node, outside=stretch.end) and reading.order[inner] > reading.order[stretch.start]:
+            node = inner
         pair = None if reading.output(node, outside=stretch.end) else reading.operands(node)
         todo += [operand for operand, _ in pair or []]
         addends += [] if pair else [node]

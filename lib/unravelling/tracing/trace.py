@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from ..batches import LABELS
 
@@ -284,9 +284,6 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     if any(name_of(node) in FUNCTIONALIZED for node in program.graph.nodes):
         program = program.run_decompositions({})  # writes to parts, and what runs under autocast, as plain operations
     module = program.module()
-    with torch.no_grad():
-        output = model(*args, **kwargs)
-    position = next(i for i, leaf in enumerate(tree_leaves(output)) if leaf is logits_of(output))
     nodes = module.graph.nodes
     placeholders = [node for node in nodes if node.op == "placeholder"]
     names = [str(node.target) for node in placeholders]
@@ -302,6 +299,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
         guards = None
     _drop_casts(module.graph)
     results = tree_leaves(next(node for node in nodes if node.op == "output").args)
+    output = logits_of(tree_unflatten(results, program.call_spec.out_spec))
     sizes = {}
     for node in nodes:
         if isinstance(node.meta.get("val"), Tensor):
@@ -310,7 +308,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
             if node in inputs and (len(inputs) > 1 or any(map(is_concrete_int, shape))):
                 sizes[inputs[node]] = tuple(int(size) if is_concrete_int(size) else str(size) for size in shape)
     lookup = operator.attrgetter
-    traced = Traced(module.graph, lambda t: lookup(t)(module), inputs, results[position], "torch.export", sizes, guards)
+    traced = Traced(module.graph, lambda t: lookup(t)(module), inputs, output, "torch.export", sizes, guards)
     return _out_of_place(traced)
 
 
