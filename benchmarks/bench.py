@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch._dynamo
 from captum.attr import LayerFeatureAblation
 from measuring import Arms, LiveBytes, compare
 from nnsight import NNsight
 from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 from unravelling import RECIPES, Chain, Dataset, Split, build, digits, fit, gradient_by_length, unravel
@@ -304,7 +306,11 @@ def growth(rounds: int) -> Tables:
     }
 
     def tower(n: int, batch: int, side: int) -> tuple[Chain, Tensor, Tensor]:
-        return build(f"resnet{2 * n + 2}", "digits").eval(), *images((batch, 1, side, side))
+        chain = build(f"resnet{2 * n + 2}", "digits").eval()
+        for part in chain.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                torch.nn.init.constant_(part.weight, n**-0.5)  # so that untrained networks of any depth stay finite
+        return chain, *images((batch, 1, side, side))
 
     cases = [("units", n, partial(tower, n, 4, 8)) for n in (9, 27, 54, 108, 270, 810)]
     cases += [("batch", batch, partial(tower, 27, batch, 8)) for batch in (16, 64, 256)]
@@ -324,7 +330,27 @@ def growth(rounds: int) -> Tables:
             yield pd.DataFrame([row | {"rounds": 1, "peak_bytes": live.peak}])
 
 
-GROUPS = {f.__name__: f for f in (deletions, many, gradients, training, tracing, importing, growth)}
+def profiles(rounds: int) -> Tables:
+    """Which operators the time goes to, as shares of all time within operators, by torch's profiler."""
+    chain, (x, y) = build("resnet110", "digits").eval(), digits().test.batches(32)[0]
+    trained, data = build("resnet20", "cifar10"), noise_dataset(640)
+    works: dict[str, Callable[[], Any]] = {
+        "a loop over without": partial(loop, chain, x),
+        "delete_each": partial(delete_each, chain, [(x, y)]),
+        "gradient_by_length": partial(gradient_by_length, chain, x, y),
+        "fit": partial(fit, trained, data, RECIPES["short"], stop_after=1, progress=False),
+    }
+    for work, run in works.items():
+        run()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            run()
+        spent = pd.Series({row.key: row.self_cpu_time_total for row in profiled.key_averages()}).nlargest(200)
+        rows = [{"arm": name, "share": share} for name, share in (spent / spent.sum()).head(6).items()]
+        setting = "ResNet-20, 32 × 32" if work == "fit" else "ResNet-110, 8 × 8, batch 32"
+        yield pd.DataFrame(rows).assign(work=f"profile of {work}", setting=setting, rounds=1)
+
+
+GROUPS = {f.__name__: f for f in (deletions, many, gradients, training, tracing, importing, growth, profiles)}
 
 
 def commit() -> str:
@@ -353,6 +379,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # each kind of unit and size of batch is one: beyond, they run uncompiled
     told = {"threads": options.threads, "hardware": processor(), "torch": torch.__version__.partition("+")[0]}
     told |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}
     for name in options.only:
