@@ -249,10 +249,8 @@ class Chain(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "generate":
-            raise AttributeError(
-                "a chain computes logits and keeps no state between calls, so it has no generate: write the loop, such "
-                "as tokens = torch.cat([tokens, chain(tokens)[:, -1:].argmax(-1)], 1)"
-            )
+            loop = "tokens = torch.cat([tokens, chain(tokens)[:, -1:].argmax(-1)], 1)"
+            raise AttributeError(f"a chain keeps no state between calls, so write generate as a loop, such as {loop}")
         return super().__getattr__(name)
 
     def trace(self, x: Tensor) -> list[Tensor]:

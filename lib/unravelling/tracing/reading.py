@@ -64,10 +64,6 @@ class Stretch:
     def __post_init__(self) -> None:
         self.state, self.post = self.start, self.end
 
-    def skip_way(self, reading: Reading) -> set[fx.Node]:
-        """Return what computes the skip."""
-        return {n for node, _ in self.skip for n in reading.between(self.start, node)}
-
 
 class NotABlock(Exception):
     """A registered block, by its name, that is called with more than its state, so that its graph has to tell."""
@@ -150,7 +146,8 @@ def _read_from(
     if not stretches:
         raise Unsupported(_nothing_found(model, reading, causes))
     warnings = _told(reading, causes)
-    loaded = [s for s in stretches if s.skip and s.branch and not s.exact_skip and reading.weights(s.skip_way(reading))]
+    computed = [s for s in stretches if s.skip and s.branch and not s.exact_skip]
+    loaded = [s for s in computed if reading.weights(n for node, _ in s.skip for n in reading.between(s.start, node))]
     if len(loaded) > len(stretches) / 2 and all(_same_shape(reading, s.end, s.start) for s in loaded):
         warnings.append(
             f"{len(loaded)} units have no identity beside their branch, but a layer with weights of its own, as LoRA "
@@ -365,7 +362,8 @@ class Reading:
             region = self.region(key)
             if region is not None and region[1] is node:
                 return name, int(key.partition("@")[2] or 0)
-        return None
+        inner = self.itself(node)  # what a dropout that is no module, and does nothing in eval mode, is applied to
+        return None if inner is node else self.output(inner, outside)
 
     def operands(self, node: fx.Node) -> Terms | None:
         """Return the two operands of an addition or subtraction of values of the stream, with their factors."""
@@ -682,9 +680,6 @@ def _addends(reading: Reading, stretch: Stretch) -> list[fx.Node]:
     addends, todo = [], [node for node, _ in stretch.branch]
     while todo:
         node = todo.pop()
-        inner = reading.itself(node)  # what a dropout without a module, which does nothing in eval mode, is applied to
-        if not reading.output(node, outside=stretch.end) and reading.order[inner] > reading.order[stretch.start]:
-            node = inner
         pair = None if reading.output(node, outside=stretch.end) else reading.operands(node)
         todo += [operand for operand, _ in pair or []]
         addends += [] if pair else [node]
