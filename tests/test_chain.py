@@ -41,6 +41,9 @@ X = torch.tensor([[1.0, -2.0]])
         (Unit(Times(3), residual=False).scaled(0.5), [[1.5, -3.0]]),
         (Unit(Times(3)).scaled(0.5).scaled(0), [[1.0, -2.0]]),
         (Unit(Times(3)).deleted().scaled(5), [[1.0, -2.0]]),
+        (Unit(Times(3), Times(10), nn.ReLU()).then(nn.ReLU()), [[13.0, 0.0]]),
+        (Unit(Times(3), residual=False).then(Times(-1)), [[-3.0, 6.0]]),
+        (Unit(Times(3)).deleted().then(Times(5)), [[1.0, -2.0]]),
     ],
 )
 def test_unit_computes_by_hand(unit, expected):
