@@ -65,7 +65,7 @@ def test_the_data_folder_is_found_from_below_it_beside_the_source_or_in_it(proje
     monkeypatch.chdir(elsewhere)
     assert data_folder() == ROOT / "data"
     monkeypatch.setattr("unravelling.stored.__file__", str(elsewhere / "site-packages/unravelling/stored.py"))
-    with pytest.raises(FileNotFoundError, match=f"^no data/results in {elsewhere} or above it.*: install the library"):
+    with pytest.raises(FileNotFoundError, match=f"^no data/results in {elsewhere} or above it.*: install"):
         data_folder()
     (elsewhere / "site-packages/unravelling/_stored/results").mkdir(parents=True)
     assert data_folder() == elsewhere / "site-packages/unravelling/_stored"

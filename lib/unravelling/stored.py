@@ -18,21 +18,16 @@ DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
 
 
 def data_folder() -> Path:
-    """Return the folder with the project's stored results, trained networks and claims.
-
-    It is ``data`` in the working directory, in one above it, or beside the library's source; otherwise the copy that
-    was installed with the library, in which the networks trained on CIFAR-10 are missing.
+    """Return ``data`` in the working directory, above it, or in the library's clone, else what a wheel brought.
 
     Raises:
-        FileNotFoundError: it is in none of these.
+        FileNotFoundError: there is none.
     """
     here, library = Path.cwd(), Path(__file__).resolve().parent
-    clones = [here, *here.parents, library.parents[1]]
-    for folder in [*(clone / "data" for clone in clones), library / "_stored"]:
+    for folder in [*(clone / "data" for clone in [here, *here.parents, library.parents[1]]), library / "_stored"]:
         if (folder / "results").is_dir():
             return folder
-    raise FileNotFoundError(f"no data/results in {here} or above it, and none came with the library in {library}: "
-                            "install the library from the repository, or run from a clone of it")
+    raise FileNotFoundError(f"no data/results in {here} or above it, or in {library}: install the library anew")
 
 
 def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
