@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import IGNORED, Batches, check_classes, device_of, eval_mode, iterate
-from .chain import Chain, Unit, check_chain, check_positive
+from .chain import Chain, Unit, check_chain, check_number, listed
 from .data import Split
 from .stats import paired_bootstrap, wilson
 
@@ -96,6 +96,7 @@ def _results(
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
+    check_number(max_memory=max_memory)
     variants = [tuple(variant) for variant in variants]
     parts = _parts(chain, variants, others)
     for x, y in iterate(chain, data):
@@ -145,6 +146,7 @@ def evaluate_variants(
         over rows is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
 
     Raises:
+        TypeError: ``max_memory`` is no whole number.
         ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
         IndexError: a unit does not exist.
     """
@@ -256,16 +258,19 @@ def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataF
 
 
 def _draws(
-    numbers: Iterable[Any] | Any, trials: int, seed: int, most: int, refusal: str
+    trials: int, seed: int, most: int, refusal: str, *, optional: bool = False, **numbers: Any
 ) -> Iterator[tuple[Any, int, np.random.Generator]]:
-    """Yield each number with the number of each trial and the random generator of all; refuse what is out of range."""
-    check_positive(trials=trials)
-    numbers = list(numbers) if isinstance(numbers, Iterable) else [numbers]
-    for number in numbers:
-        if number is not None and not 0 <= number <= most:
+    """Yield each of the numbers given by name with the number of each trial and the random generator of all.
+
+    Raise TypeError or ValueError for what is neither a whole number from 0 to ``most`` nor, where optional, None.
+    """
+    ((name, several),) = numbers.items()
+    several = listed(**numbers) if isinstance(several, Iterable) else [several]
+    for number in several:
+        if not (optional and number is None) and not 0 <= check_number(None, **{name: number}) <= most:
             raise ValueError(refusal.format(number, most))
-    random = np.random.default_rng(seed)
-    yield from ((number, trial, random) for number, trial in product(numbers, range(trials)))
+    random = np.random.default_rng(check_number(seed=seed))
+    yield from ((number, trial, random) for number, trial in product(several, range(check_number(1, trials=trials))))
 
 
 def delete_random(
@@ -285,6 +290,7 @@ def delete_random(
         One row a choice, with ``k``, ``trial``, ``units`` (numbers, between spaces), then the columns of `summarize`.
 
     Raises:
+        TypeError: ``k``, ``trials`` or ``seed`` is no whole number.
         ValueError: k is larger than the number of candidates, or negative; there are no trials; or a candidate cannot
             be deleted.
         IndexError: a candidate does not exist.
@@ -293,7 +299,7 @@ def delete_random(
     pool = chain.check_indices(free if candidates is None else candidates)
     rows, variants = [], []
     refusal = "cannot delete {} units: there are {} to choose from"
-    for number, trial, random in _draws(k, trials, seed, len(pool), refusal):
+    for number, trial, random in _draws(trials, seed, len(pool), refusal, k=k):
         gone = sorted(random.choice(pool, number, replace=False).tolist())
         rows.append({"k": number, "trial": trial, "units": " ".join(map(str, gone))})
         variants.append([~i if i in gone else i for i in range(len(chain))])
@@ -319,6 +325,7 @@ def reorder(
         pairs of movable units of one stage, then the columns of `summarize`.
 
     Raises:
+        TypeError: ``swaps``, ``trials`` or ``seed`` is no whole number.
         ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
     stages: dict[int, list[int]] = {}
@@ -330,7 +337,7 @@ def reorder(
         raise ValueError(f"no two of the {len(chain)} units can change places: no stage has two that keep the shape")
     rows, variants = [], []
     refusal = "cannot swap {} different pairs: there are {} of equal shape"
-    for number, trial, random in _draws(swaps, trials, seed, len(pairs), refusal):
+    for number, trial, random in _draws(trials, seed, len(pairs), refusal, optional=True, swaps=swaps):
         order = np.arange(len(chain))
         if number is None:
             for members in stages.values():
@@ -371,12 +378,14 @@ def replace_branches(
         branch. The branch of a plain unit is replaced, too: nothing of its input is left then.
 
     Raises:
+        TypeError: ``seed`` is no whole number.
         ValueError: a kind is unknown, a batch to resample in holds one image, or inputs differ in size.
     """
     kinds = [kind] if isinstance(kind, str) else list(kind)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kind={kind!r} names no way to replace a branch: choose from {', '.join(KINDS)}")
     n = len(check_chain(chain))
+    check_number(seed=seed)
     means = _branch_means(chain, data) if "mean" in kinds else {}
     rows, variants, others = [], [], {}
     for j, i in product(range(len(kinds)), range(n)):
