@@ -231,6 +231,7 @@ def test_indices_that_do_not_exist():
     ("order", "error", "message"),
     [
         ([0, 1, 2], ValueError, "order names 3 units, but this chain has 9: name each one once"),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 8], ValueError, "order names 10 units, but this chain has 9: name each one once"),
         ([0, 1, 2, 3, 4, 5, 6, 7, 9], IndexError, "unit 9 does not exist: this chain has units 0 to 8"),
         ([0, 1, 2, 3, 4, 5, 6, 7, -1], IndexError, "unit -1 does not exist: this chain has units 0 to 8"),
         ([0, 1, 2, 3, 4, 5, 6, 7, 7], ValueError, "unit 7 is named more than once: name each unit once"),
