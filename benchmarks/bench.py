@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch._dynamo
 from captum.attr import LayerFeatureAblation
 from measuring import Arms, LiveBytes, compare
 from nnsight import NNsight
@@ -305,7 +306,11 @@ def growth(rounds: int) -> Tables:
     }
 
     def tower(n: int, batch: int, side: int) -> tuple[Chain, Tensor, Tensor]:
-        return build(f"resnet{2 * n + 2}", "digits").eval(), *images((batch, 1, side, side))
+        chain = build(f"resnet{2 * n + 2}", "digits").eval()
+        for part in chain.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                torch.nn.init.constant_(part.weight, n**-0.5)  # so that untrained networks of any depth stay finite
+        return chain, *images((batch, 1, side, side))
 
     cases = [("units", n, partial(tower, n, 4, 8)) for n in (9, 27, 54, 108, 270, 810)]
     cases += [("batch", batch, partial(tower, 27, batch, 8)) for batch in (16, 64, 256)]
@@ -374,6 +379,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # each kind of unit and size of batch is one: beyond, they run uncompiled
     told = {"threads": options.threads, "hardware": processor(), "torch": torch.__version__.partition("+")[0]}
     told |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}
     for name in options.only:
