@@ -56,7 +56,7 @@ def test_unit_knows_its_kind():
     assert (unit.is_transition, unit.is_deleted) == (True, False)
     assert (gone.is_transition, gone.is_deleted, gone.name, gone.stage) == (True, True, "a", 2)
     assert (gone.has_identity_skip, Unit(Times(3)).has_identity_skip) == (False, True)
-    assert not Unit(Times(3)).is_transition
+    assert (Unit(Times(3)).is_transition, Unit(Times(3)).stage) == (False, 1)
     assert not Unit(Times(3), Times(10)).is_transition, "a skip of equal shape is no transition"
     assert repr(unit).startswith("Unit(\n  a, stage 2, residual, transition")
     assert "plain" in Unit(Times(3), residual=False).extra_repr()
