@@ -105,19 +105,17 @@ def declared(notebook: NotebookNode) -> dict[str, Any]:
 
 def refuse(name: str, value: Any, default: Any) -> None:
     """Raise unless a parameter may have this value: one of the kind of its default, and in range."""
-    folder = ROOT / "data/results"
+    folder, kind = ROOT / "data/results", type(default)
     named = {"DATASET": {path.name for path in folder.glob("*/")}, "RECIPE": {"default"}}.get(name)
     for table in folder.glob("*/networks.csv") if name == "RECIPE" else []:
         named |= {row["recipe"] for row in csv.DictReader(table.open())}
-    least = 1 if default is None or default else 0  # what is 0 at first may be 0: a seed, "as many as usual"
     if named:
         fits, wanted = value in named, "one of " + ", ".join(sorted(named))
-    elif default is None or type(default) is int:
-        fits = value is None if value is None else type(value) is int and value >= least
-        fits, wanted = fits and (value is not None or default is None), f"a whole number of at least {least}"
-        wanted += ", or null for the page's own choice" * (default is None)
+    elif default is None or kind is int:
+        least = 0 if default == 0 else 1  # what is 0 at first may be 0: a seed, "as many as usual"
+        fits = (type(value) is int and value >= least) or (value is None and default is None)
+        wanted = f"a whole number of at least {least}" + ", or null for the page's own choice" * (default is None)
     else:
-        kind = type(default)
         fits, wanted = type(value) is kind, {bool: "true or false", str: "text"}.get(kind, f"a {kind.__name__}")
     if not fits:
         raise BookError(f"the parameter {name} cannot be {value!r}: it takes {wanted}")

@@ -44,6 +44,9 @@ X = torch.tensor([[1.0, -2.0]])
         (Unit(Times(3)).split(0.25), [[4.0, -8.0]]),  # y/4 + (3y + 3y/4)
         (Unit(Times(3)).split(-2).deleted(), [[-2.0, 4.0]]),
         (Unit(Times(3), Times(10)).split(0.25).deleted(), [[10.0, -20.0]]),
+        (Unit(Times(3), Times(10), nn.ReLU()).then(nn.ReLU()), [[13.0, 0.0]]),
+        (Unit(Times(3), residual=False).then(Times(-1)), [[-3.0, 6.0]]),
+        (Unit(Times(3)).deleted().then(Times(5)), [[1.0, -2.0]]),
     ],
 )
 def test_unit_computes_by_hand(unit, expected):

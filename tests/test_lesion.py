@@ -229,6 +229,18 @@ def test_variants_may_differ_in_length_and_repeat_units():
     assert (logits[0] == together[0]).all()
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_unit_of_ones_own_takes_its_place_in_a_variant(kind):
+    chain, (x, y) = small(kind), BATCHES[0]
+    own = chain.units[2].scaled(0.25)
+    variants = [[*range(2), own, *range(3, len(chain))], range(len(chain)), [*range(len(chain) - 1), ~(len(chain) - 1)]]
+    logits, _ = variant_logits(chain, (x, y), variants, max_memory=0)
+    expected = [chain.with_units([*chain.units[:2], own, *chain.units[3:]]), chain, chain.without(len(chain) - 1)]
+    for found, other in zip(logits, expected, strict=True):
+        assert found.tobytes() == naive(other, [(x, y)])[0].tobytes()
+    assert (logits[0] != logits[1]).any()
+
+
 @pytest.mark.parametrize(("variants", "error", "message"), [
     ([], ValueError, "there are no variants: name at least one sequence of units, such as range(len(chain))"),
     ([range(7)], IndexError, "unit 6 does not exist: this chain has units 0 to 5"),
@@ -435,7 +447,7 @@ def test_labels_of_the_wrong_kind_or_number():
     x, y = images(3)
     with pytest.raises(ValueError, match=r"^the labels are a torch.FloatTensor: pass a loss that knows"):
         delete_each(small("pre"), (x, y.float()))
-    with pytest.raises(ValueError, match=r"^there are labels \(3, 2\) for logits \(3, 10\): expected a label for each"):
+    with pytest.raises(ValueError, match=r"^y, the labels, have shape \(3, 2\) beside logits of shape"):
         delete_each(small("pre"), (x, y[:, None].expand(3, 2)))
     small_labels = delete_each(small("pre"), (x, torch.tensor([1, 2, 3], dtype=torch.uint8)))
     assert small_labels.equals(delete_each(small("pre"), (x, torch.tensor([1, 2, 3]))))

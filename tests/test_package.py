@@ -205,8 +205,8 @@ def test_each_range_is_written_once():
 # -- floors --------------------------------------------------------------------------------------------------
 
 FLOORS = [
-    ["chain", "stats"],
-    ["data"],
+    ["chain"],
+    ["data", "stats"],
     ["batches", "nets", "stored"],
     ["paths", "lesion", "train", "weights", "wording"],
     ["ensemble", "plots", "tracing.trace"],
@@ -267,7 +267,7 @@ def test_library_has_no_circle_and_imports_go_down():
     sources = modules(SOURCE)
     assert circles(sources) == []
     assert upward(sources, FLOORS) == []
-    assert sum(len(source.splitlines()) for source in sources.values()) <= 5610
+    assert sum(len(source.splitlines()) for source in sources.values()) <= 5467
 
 
 @pytest.mark.parametrize(("source", "circle", "complaints"), [

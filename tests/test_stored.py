@@ -108,7 +108,7 @@ def test_the_intact_error_is_the_mean_before_the_lesions():
                     {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
         ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-short-paths": 1}},
                     {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
-        ({"a": {"rows": [{"data": "new"}]}}, "short", "new"),
+        ({"a.csv": [{"data": "new"}]}, "short", "new"),
     ],
 )
 def test_the_label_names_the_copy_that_the_record_names(project, record, recipe, expected):

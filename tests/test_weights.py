@@ -94,7 +94,9 @@ def test_reordered_networks_come_back_reordered(tmp_path):
 def test_only_intact_networks_of_the_library_can_be_saved(tmp_path):
     scaled = small("pre").with_units(unit.scaled(0.5) for unit in small("pre").units)
     path = tmp_path / "a.safetensors"
-    for chain in (small("pre").without(2), scaled, Chain(nn.Identity(), [], nn.Flatten())):
+    other = small("pre").with_units(unit.then(nn.ReLU()) for unit in small("pre").units)
+    chains = small("pre").without(2), scaled, other, small("pre").split(0.5), Chain(nn.Identity(), [], nn.Flatten())
+    for chain in chains:
         with pytest.raises(ValueError, match=r"^only an intact network made by unravelling\.nets can be rebuilt"):
             save(chain, path)
     assert not list(tmp_path.iterdir())
