@@ -233,6 +233,12 @@ class Chain(nn.Module):
             y = unit(y)
         return self.head(y)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "generate":
+            loop = "tokens = torch.cat([tokens, chain(tokens)[:, -1:].argmax(-1)], 1)"
+            raise AttributeError(f"a chain keeps no state between calls, so write generate as a loop, such as {loop}")
+        return super().__getattr__(name)
+
     def trace(self, x: Tensor) -> list[Tensor]:
         """Return the states y_0 … y_n, n + 1 tensors, for images ``x`` of shape ``(B, C, H, W)``."""
         states = [self.stem(x)]
