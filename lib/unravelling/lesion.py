@@ -100,14 +100,13 @@ def _results(
     max_memory: int = MAX_MEMORY, dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
-    check_number(max_memory=max_memory)
     parts, numbered = _parts(chain, [tuple(variant) for variant in variants])
     for x, y in iterate(chain, data):
         images = len(y) if isinstance(y, Tensor) and y.dim() else 0
         found: list[Any] = [None] * len(numbered)
         cast = nullcontext() if dtype is None else torch.autocast(device_of(chain).type, dtype)
         with eval_mode(chain), torch.inference_mode(), cast:  # around the model alone: the iterator is the caller's
-            for v, out in _run(chain, x, images, numbered, parts, max_memory):
+            for v, out in _run(chain, x, images, numbered, parts, check_number(max_memory=max_memory)):
                 found[v] = result(out, y)
         yield found, y
 
@@ -149,8 +148,7 @@ def evaluate_variants(
         over rows is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
 
     Raises:
-        TypeError: ``max_memory`` is no whole number.
-        ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
+        TypeError, ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
         IndexError: a unit does not exist.
     """
     batches = [
@@ -249,19 +247,15 @@ def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataF
 
 
 def _draws(
-    trials: int, seed: int, most: int, refusal: str, *, optional: bool = False, **numbers: Any
+    name: str, numbers: Any, trials: int, seed: int, most: int, refusal: str, optional: bool = False
 ) -> Iterator[tuple[Any, int, np.random.Generator]]:
-    """Yield each of the numbers given by name with the number of each trial and the random generator of all.
-
-    Raise TypeError or ValueError for what is neither a whole number from 0 to ``most`` nor, where optional, None.
-    """
-    ((name, several),) = numbers.items()
-    several = listed(**numbers) if isinstance(several, Iterable) else [several]
-    for number in several:
+    """Yield each number with the number of each trial and the random generator of all; refuse what is out of range."""
+    numbers = listed(**{name: numbers}) if isinstance(numbers, Iterable) else [numbers]
+    for number in numbers:
         if not (optional and number is None) and not 0 <= check_number(None, **{name: number}) <= most:
             raise ValueError(refusal.format(number, most))
     random = np.random.default_rng(check_number(seed=seed))
-    yield from ((number, trial, random) for number, trial in product(several, range(check_number(1, trials=trials))))
+    yield from ((number, trial, random) for number, trial in product(numbers, range(check_number(1, trials=trials))))
 
 
 def delete_random(
@@ -281,16 +275,15 @@ def delete_random(
         One row a choice, with ``k``, ``trial``, ``units`` (numbers, between spaces), then the columns of `summarize`.
 
     Raises:
-        TypeError: ``k``, ``trials`` or ``seed`` is no whole number.
-        ValueError: k is larger than the number of candidates, or negative; there are no trials; or a candidate cannot
-            be deleted.
+        TypeError, ValueError: k is no whole number, negative, or larger than the number of candidates; there are no
+            trials; or a candidate cannot be deleted.
         IndexError: a candidate does not exist.
     """
     free = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
     rows, variants = [], []
     refusal = "cannot delete {} units: there are {} to choose from"
-    for number, trial, random in _draws(trials, seed, len(pool), refusal, k=k):
+    for number, trial, random in _draws("k", k, trials, seed, len(pool), refusal):
         gone = sorted(random.choice(pool, number, replace=False).tolist())
         rows.append({"k": number, "trial": trial, "units": " ".join(map(str, gone))})
         variants.append([~i if i in gone else i for i in range(len(chain))])
@@ -316,8 +309,7 @@ def reorder(
         pairs of movable units of one stage, then the columns of `summarize`.
 
     Raises:
-        TypeError: ``swaps``, ``trials`` or ``seed`` is no whole number.
-        ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
+        TypeError, ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
     stages: dict[int, list[int]] = {}
     for i, unit in enumerate(check_chain(chain).units):
@@ -328,7 +320,7 @@ def reorder(
         raise ValueError(f"no two of the {len(chain)} units can change places: no stage has two that keep the shape")
     rows, variants = [], []
     refusal = "cannot swap {} different pairs: there are {} of equal shape"
-    for number, trial, random in _draws(trials, seed, len(pairs), refusal, optional=True, swaps=swaps):
+    for number, trial, random in _draws("swaps", swaps, trials, seed, len(pairs), refusal, True):
         order = np.arange(len(chain))
         if number is None:
             for members in stages.values():
@@ -369,7 +361,6 @@ def replace_branches(
         branch. The branch of a plain unit is replaced, too: nothing of its input is left then.
 
     Raises:
-        TypeError: ``seed`` is no whole number.
         ValueError: a kind is unknown, a batch to resample in holds one image, or inputs differ in size.
     """
     kinds = [kind] if isinstance(kind, str) else list(kind)
