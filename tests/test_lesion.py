@@ -853,3 +853,13 @@ def test_scores_of_images_and_of_tokens_are_those_of_pytorch():
     assert not some[:, 1, 2].any()
     assert np.isnan(partly).sum() == 2
     assert (partly == loss)[~np.isnan(partly)].all()
+
+
+def test_labels_of_pixels_are_scored_as_pytorch_does():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4, 5, generator=generator), torch.randint(3, (2, 4, 5), generator=generator)
+    chain = Chain(nn.Identity(), [Unit(nn.Identity())], nn.Identity())
+    wrong, loss = evaluate_variants(chain, (logits, labels), [[~0]])
+    assert wrong[0] == pytest.approx((logits.argmax(1) != labels).double().mean((1, 2)).numpy())
+    expected = cross_entropy(logits.double(), labels, reduction="none").mean((1, 2))
+    assert loss[0] == pytest.approx(expected.numpy(), rel=1e-12)

@@ -163,9 +163,10 @@ def test_a_plain_network_has_one_length_and_a_deleted_one_another():
     chain, (x, y) = small("plain", torch.float64), images(dtype=torch.float64)
     by_length = gradient_by_length(chain.without(1, 3), x, y)
     assert [bool(g.any()) for g in by_length] == [False] * 4 + [True] + [False] * 2
-    squares = path_norms(chain.without(1, 3), x, y, 2)["sum_of_squares"]  # of one path, whose sign cancels
-    expected = [0, 0, 0, 0, (whole_gradient(chain.without(1, 3), x, y) ** 2).sum().item(), 0, 0]
-    assert squares.tolist() == pytest.approx(expected, rel=1e-12)
+    table = path_norms(chain.without(1, 3), x, y, 2)  # of one path, whose sign cancels
+    norm = whole_gradient(chain.without(1, 3), x, y).norm().item()
+    assert table["sum_of_squares"].tolist() == pytest.approx([0, 0, 0, 0, norm**2, 0, 0], rel=1e-12)
+    assert table["rms_norm"].tolist() == pytest.approx([0, 0, 0, 0, norm, 0, 0], rel=1e-12)
     nothing_left = gradient_by_length(chain.without(*range(6)), x, y)
     assert [bool(g.any()) for g in nothing_left] == [True] + [False] * 6
 
