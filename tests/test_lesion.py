@@ -585,6 +585,15 @@ def test_no_numbers_at_all(name, empty):
         NUMBERS[name][0](empty)
 
 
+def test_pairs_that_are_swapped_are_different_ones():
+    """Of two pairs, one a stage, two swaps take each once: one twice would give the old order back."""
+    chain = linear_chain()
+    for unit, stage in zip(chain.units, (1, 1, 2, 2), strict=True):
+        unit.stage = stage
+    table = reorder(chain, (torch.randn(5, 6), torch.zeros(5, dtype=torch.long)), 2, 20)
+    assert set(table["order"]) == {"1 0 3 2"}
+
+
 # ---------------------------------------------------------------- batch norm
 
 
