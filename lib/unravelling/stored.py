@@ -18,16 +18,16 @@ DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
 
 
 def data_folder() -> Path:
-    """Return the project's ``data`` folder: in the working directory, in one above it, or beside the library's source.
+    """Return ``data`` in the working directory, above it, or in the library's clone, else what a wheel brought.
 
     Raises:
-        FileNotFoundError: it is in none of these.
+        FileNotFoundError: there is none.
     """
-    here = Path.cwd()
-    for folder in [here, *here.parents, Path(__file__).resolve().parents[2]]:
-        if (folder / "data" / "results").is_dir():
-            return folder / "data"
-    raise FileNotFoundError(f"no data/results in {here} or above it: run from a clone of the project, or pass a path")
+    here, library = Path.cwd(), Path(__file__).resolve().parent
+    for folder in [*(clone / "data" for clone in [here, *here.parents, library.parents[1]]), library / "_stored"]:
+        if (folder / "results").is_dir():
+            return folder
+    raise FileNotFoundError(f"no data/results in {here} or above it, or in {library}: install the library anew")
 
 
 def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
