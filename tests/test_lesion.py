@@ -868,7 +868,8 @@ def test_labels_of_pixels_are_scored_as_pytorch_does():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(2, 3, 4, 5, generator=generator), torch.randint(3, (2, 4, 5), generator=generator)
     chain = Chain(nn.Identity(), [Unit(nn.Identity())], nn.Identity())
-    wrong, loss = evaluate_variants(chain, (logits, labels), [[~0]])
-    assert wrong[0] == pytest.approx((logits.argmax(1) != labels).double().mean((1, 2)).numpy())
     expected = cross_entropy(logits.double(), labels, reduction="none").mean((1, 2))
-    assert loss[0] == pytest.approx(expected.numpy(), rel=1e-12)
+    for out in (logits, logits.movedim(1, -1)):  # classes before the pixels, or after
+        wrong, loss = evaluate_variants(chain, (out, labels), [[~0]])
+        assert wrong[0] == pytest.approx((logits.argmax(1) != labels).double().mean((1, 2)).numpy())
+        assert loss[0] == pytest.approx(expected.numpy(), rel=1e-12)
