@@ -15,7 +15,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := book
-.PHONY: book test refresh pages pdf notes weights paper bench clean owner lock
+.PHONY: book test refresh pages pdf notes weights paper bench mutants clean owner lock
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -111,6 +111,13 @@ lock:
 bench: .venv/.installed
 	@$(PIP) --requirement benchmarks/requirements.txt
 	$(RUN) benchmarks/bench.py $(BENCH)
+
+# Which small faults in a module do its tests miss? cosmic-ray, an hour or so: make mutants MODULE=chain SAMPLE=60
+MODULE = stats
+SAMPLE = 60
+mutants: .venv/.installed
+	@$(PIP) cosmic-ray
+	@$(RUN) tests/mutants.py $(MODULE) $(SAMPLE)
 
 clean:
 	rm -rf _build

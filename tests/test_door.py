@@ -254,6 +254,7 @@ CALLS = [
     (lambda: wilson(3, 10, level=math.nan), ValueError, "level is nan: expected a coverage between 0 and 1"),
     (lambda: wilson(math.nan, 10), ValueError, "counts must lie between 0 and 10 images"),
     (lambda: wilson("3", 10), TypeError, "count is '3': expected numbers"),
+    (lambda: wilson([[1], [1, 2]], 10), TypeError, "count is no array of numbers: "),
     (lambda: wilson(1, None), TypeError, "images is None: expected numbers"),
     (lambda: error_difference("a", 0.1, 10), TypeError, "first is 'a': expected numbers"),
     (lambda: error_difference(0.1, math.nan, 10), ValueError, "counts must lie between 0 and 10 images"),

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import NOTHING, Batches, device_of, eval_mode, iterate, scores
-from .chain import Chain, Unit, check_chain, check_number
+from .chain import Chain, Unit, check_chain, check_number, listed
 from .data import Split
 from .stats import paired_bootstrap, wilson
 
@@ -106,7 +106,7 @@ def _results(
         found: list[Any] = [None] * len(numbered)
         cast = nullcontext() if dtype is None else torch.autocast(device_of(chain).type, dtype)
         with eval_mode(chain), torch.inference_mode(), cast:  # around the model alone: the iterator is the caller's
-            for v, out in _run(chain, x, images, numbered, parts, max_memory):
+            for v, out in _run(chain, x, images, numbered, parts, check_number(max_memory=max_memory)):
                 found[v] = result(out, y)
         yield found, y
 
@@ -148,7 +148,7 @@ def evaluate_variants(
         over rows is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
 
     Raises:
-        ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
+        TypeError, ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
         IndexError: a unit does not exist.
     """
     batches = [
@@ -247,16 +247,15 @@ def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataF
 
 
 def _draws(
-    numbers: Iterable[Any] | Any, trials: int, seed: int, most: int, refusal: str
+    name: str, numbers: Any, trials: int, seed: int, most: int, refusal: str, optional: bool = False
 ) -> Iterator[tuple[Any, int, np.random.Generator]]:
     """Yield each number with the number of each trial and the random generator of all; refuse what is out of range."""
-    check_number(1, trials=trials)
-    numbers = list(numbers) if isinstance(numbers, Iterable) else [numbers]
+    numbers = listed(**{name: numbers}) if isinstance(numbers, Iterable) else [numbers]
     for number in numbers:
-        if number is not None and not 0 <= number <= most:
+        if not (optional and number is None) and not 0 <= check_number(None, **{name: number}) <= most:
             raise ValueError(refusal.format(number, most))
-    random = np.random.default_rng(seed)
-    yield from ((number, trial, random) for number, trial in product(numbers, range(trials)))
+    random = np.random.default_rng(check_number(seed=seed))
+    yield from ((number, trial, random) for number, trial in product(numbers, range(check_number(1, trials=trials))))
 
 
 def delete_random(
@@ -276,15 +275,15 @@ def delete_random(
         One row a choice, with ``k``, ``trial``, ``units`` (numbers, between spaces), then the columns of `summarize`.
 
     Raises:
-        ValueError: k is larger than the number of candidates, or negative; there are no trials; or a candidate cannot
-            be deleted.
+        TypeError, ValueError: k is no whole number, negative, or larger than the number of candidates; there are no
+            trials; or a candidate cannot be deleted.
         IndexError: a candidate does not exist.
     """
     free = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
     rows, variants = [], []
     refusal = "cannot delete {} units: there are {} to choose from"
-    for number, trial, random in _draws(k, trials, seed, len(pool), refusal):
+    for number, trial, random in _draws("k", k, trials, seed, len(pool), refusal):
         gone = sorted(random.choice(pool, number, replace=False).tolist())
         rows.append({"k": number, "trial": trial, "units": " ".join(map(str, gone))})
         variants.append([~i if i in gone else i for i in range(len(chain))])
@@ -310,7 +309,7 @@ def reorder(
         pairs of movable units of one stage, then the columns of `summarize`.
 
     Raises:
-        ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
+        TypeError, ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
     stages: dict[int, list[int]] = {}
     for i, unit in enumerate(check_chain(chain).units):
@@ -321,7 +320,7 @@ def reorder(
         raise ValueError(f"no two of the {len(chain)} units can change places: no stage has two that keep the shape")
     rows, variants = [], []
     refusal = "cannot swap {} different pairs: there are {} of equal shape"
-    for number, trial, random in _draws(swaps, trials, seed, len(pairs), refusal):
+    for number, trial, random in _draws("swaps", swaps, trials, seed, len(pairs), refusal, True):
         order = np.arange(len(chain))
         if number is None:
             for members in stages.values():
@@ -367,6 +366,7 @@ def replace_branches(
     kinds = [kind] if isinstance(kind, str) else list(kind)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kind={kind!r} names no way to replace a branch: choose from {', '.join(KINDS)}")
+    check_number(seed=seed)
     means = _branch_means(check_chain(chain), data) if "mean" in kinds else {}
     rows, variants = [], []
     for name, (i, unit) in product(kinds, enumerate(check_chain(chain).units)):
