@@ -2,6 +2,7 @@
 # make test      lint, make book, run every test                   make pages     the pages from the outputs in book/
 # make clean     remove _build, never runs, .venv, data            make bench     compare speed, side by side
 # make weights   train and measure the shipped networks anew       make paper     CIFAR-10, hours to days: stop at will
+# make pdf       the book as one file, printed by Chromium
 #
 # make refresh ONLY=05-deleting-blocks                      one notebook
 # make book PARAMETERS="-p DATASET cifar10"                 every notebook that has the parameter, with this value
@@ -14,7 +15,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := book
-.PHONY: book test refresh pages notes weights paper bench clean owner lock
+.PHONY: book test refresh pages pdf notes weights paper bench mutants clean owner lock
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -61,6 +62,11 @@ pages: _build/committed/index.html
 _build/committed/index.html: .venv/.installed $(PAGES)
 	@$(RUN) scripts/book.py pages book _build/committed
 
+pdf: _build/book.pdf
+
+_build/book.pdf: _build/committed/index.html scripts/pdf.py
+	@$(RUN) scripts/pdf.py _build/committed $@
+
 ONLY ?= $(NAMES)
 refresh: $(ONLY:%=_build/executed/%.ipynb)
 	@$(RUN) scripts/book.py refresh $(ONLY)
@@ -105,6 +111,13 @@ lock:
 bench: .venv/.installed
 	@$(PIP) --requirement benchmarks/requirements.txt
 	$(RUN) benchmarks/bench.py $(BENCH)
+
+# Which small faults in a module do its tests miss? cosmic-ray, an hour or so: make mutants MODULE=chain SAMPLE=60
+MODULE = stats
+SAMPLE = 60
+mutants: .venv/.installed
+	@$(PIP) cosmic-ray
+	@$(RUN) tests/mutants.py $(MODULE) $(SAMPLE)
 
 clean:
 	rm -rf _build

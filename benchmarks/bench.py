@@ -1,7 +1,7 @@
 """Side-by-side speed of what the library does and of what one would otherwise run: ``make bench``.
 
 The arms of a comparison are interleaved, after one round that only counts, and first give the same results. The table
-goes to ``benchmarks/results.csv``, from which a page of the book is made; nothing here is a test. ``--only training``
+goes to ``data/speed.csv``, from which a page of the book is made; nothing here is a test. ``--only training``
 runs one group and leaves the others' rows as they are.
 """
 
@@ -38,7 +38,7 @@ from unravelling.lesion import delete_each, evaluate_variants, variant_logits
 from unravelling.paths import sample_path_gradients
 from unravelling.train import evaluate
 
-RESULTS = Path(__file__).parent / "results.csv"
+RESULTS = Path(__file__).parents[1] / "data/speed.csv"
 Tables = Iterator[pd.DataFrame]
 
 

@@ -48,10 +48,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace, suffix: str) -> int:
     """Call ``work`` with the options, whose ``device`` is resolved, and return the status for the shell.
 
-    SIGTERM ends the process like Ctrl-C: files that are being written are removed, what was written before is whole.
+    What ``--out`` names, a file with the suffix, is not made again. SIGTERM ends the process like Ctrl-C: files that
+    are being written are removed, what was written before is whole.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -64,6 +65,11 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace)
         follow(os.environ.get("UNRAVELLING_PARENT"))
         if options.out.is_dir() or not options.out.name:
             raise ValueError(f"--out {options.out} is a folder: name a file")
+        if options.out.suffix != suffix:
+            raise ValueError(f"--out {options.out}: expected a file that ends with {suffix}")
+        if options.out.exists():
+            print(f"{options.out}: done already")
+            return 0
         if options.threads is not None:
             if options.threads < 1:
                 raise ValueError(f"--threads {options.threads}: at least one is needed")

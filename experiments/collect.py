@@ -98,9 +98,9 @@ def collect(chosen: Iterable[Row], runs: Path, data: Path, *, drop: str | None =
         _complete(data)
         try:
             refused = _prepare(chosen, runs, data, data / ".new", drop)
-            _replace(data, data / ".new")
+            os.replace(data / ".new", data / ".ready")
         finally:
-            shutil.rmtree(data / ".new", ignore_errors=True)
+            _complete(data)
     return refused
 
 
@@ -291,11 +291,10 @@ def _cell(path: Path) -> dict[str, Any]:
     """Return the record of a cell."""
     try:
         about = _json(path.with_suffix(".json"))
-        missing = [key for key in ("sha256", "weights", "seconds", "hardware", "commit") if key not in about]
+        if missing := [key for key in ("sha256", "weights", "seconds", "hardware", "commit") if key not in about]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
     except (ValueError, OSError, TypeError) as error:
         raise Refused(f"the record of {path} cannot be read ({error}): delete both, measure again") from error
-    if missing:
-        raise Refused(f"the record of {path} lacks {', '.join(missing)}: delete both, measure again")
     return about
 
 
@@ -313,33 +312,25 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _replace(data: Path, new: Path) -> None:
-    """Keep what differs, and what is to go, in one folder whose name says that it is whole; then bring it in."""
-    there = [path.relative_to(data) for name in ("results", "weights") for path in _files(data / name)]
-    gone = [path.as_posix() for path in there if not (new / path).exists()]
-    for path in _files(new):
-        home = data / path.relative_to(new)
-        if home.exists() and home.read_bytes() == path.read_bytes():
-            path.unlink()
-    if gone or _files(new):
-        (new / "gone.json").write_text(json.dumps(gone))
-        os.replace(new, data / ".whole")
-    _complete(data)
-
-
 def _complete(data: Path) -> None:
-    """Finish what a killed call had written completely, and remove what it had not."""
-    whole, new = data / ".whole", data / ".new"
-    if whole.exists():
-        gone = whole / "gone.json"
-        for path in json.loads(gone.read_text()) if gone.exists() else []:
-            (data / path).unlink(missing_ok=True)
-        for path in [path for path in _files(whole) if path != gone]:
-            home = data / path.relative_to(whole)
-            home.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, home)
-        shutil.rmtree(whole)
+    """Bring in what lies ready in ``.ready``, and remove what else a killed call left; unchanged files are left alone.
+
+    What is there is copied, so that ``.ready`` stays as it is, and a kill leaves what the next call completes.
+    """
+    whole, new = data / ".ready", data / ".new"
     shutil.rmtree(new, ignore_errors=True)
+    if whole.exists():
+        for path in _files(whole):
+            home = data / path.relative_to(whole)
+            if not home.exists() or home.read_bytes() != path.read_bytes():
+                home.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, data / ".part")
+                os.replace(data / ".part", home)
+        for path in [path for name in ("results", "weights") for path in _files(data / name)]:
+            if not (whole / path.relative_to(data)).exists():
+                path.unlink()
+        os.replace(whole, new)
+        shutil.rmtree(new)
 
 
 if __name__ == "__main__":

@@ -26,21 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--what", required=True, choices=TABLE | ENSEMBLE, help="the measurement")
     options.add_argument("--weights", required=True, nargs="+", type=Path, metavar="FILE", help="that train.py wrote")
     options.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the results, .csv")
-    return run(measure, options.parse_args(arguments))
+    return run(measure, options.parse_args(arguments), ".csv")
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure the networks and write the results, unless they are there.
+    """Measure the networks and write the results.
 
     Raises:
         ValueError: the measurement does not apply to the network, or the weights are another network's.
         OSError: a file could not be read or written.
     """
-    if options.out.suffix != ".csv":
-        raise ValueError(f"--out {options.out}: results are kept in a file that ends with .csv")
-    if options.out.exists():
-        print(f"{options.out}: done already")
-        return
     together = options.what in ENSEMBLE
     if len(options.weights) > 1 and not together:
         raise ValueError(f"{options.what} takes one network: give --weights one file")

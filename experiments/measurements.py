@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,33 +45,18 @@ def whole_network(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Dat
     return pd.DataFrame([{"images": len(test)} | columns])
 
 
-def single_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
-    """Delete every unit in turn, on all test images."""
-    return lesion.delete_each(chain, test)
-
-
 def random_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Delete k units at random, `TRIALS` times for each k of `K`."""
-    return lesion.delete_random(chain, test, _numbers(chain), TRIALS, seed)
+    return lesion.delete_random(chain, test, [k for k in K if k < len(chain)], TRIALS, seed)
 
 
 def healed_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Repeat some of the random deletions, five a k, with batch norm re-estimated on training images."""
-    table = lesion.delete_random(chain, test, _numbers(chain), 5, seed)
-    chosen = [chain.without(*map(int, units.split())) for units in table["units"]]
+    table = lesion.delete_random(chain, test, [k for k in K if k < len(chain)], 5, seed)
+    chosen = (chain.without(*map(int, units.split())) for units in table["units"])
     healed = pd.DataFrame([evaluate(_healed(lesioned, data), test) for lesioned in chosen])
     columns = ["k", "trial", "units", "images", "error", "loss", "delta_error"]
     return table[columns].join(healed[["error", "loss"]].add_prefix("reestimated_"))
-
-
-def replaced_branches(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
-    """Put the branch's mean, another image's branch or noise in the place of each branch, or add noise to it."""
-    return lesion.replace_branches(chain, test, seed=seed)
-
-
-def predicted_by_gradients(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
-    """Predict each deletion to first order."""
-    return lesion.taylor_importance(chain, test)
 
 
 def pair_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
@@ -270,11 +255,6 @@ def random_parts(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def remove_members(chains: Sequence[Chain], test: Split, data: Dataset, seed: int) -> pd.DataFrame:
-    """Average several networks, and remove members in every way: what deleting blocks is compared with."""
-    return ensemble.remove_members(*ensemble.predictions(chains, test), range(len(chains)))
-
-
 def has_skips(chain: Chain) -> bool:
     """Return whether every unit has a skip in its sum, so that there are paths to follow."""
     return all(unit.residual for unit in chain.units)
@@ -283,11 +263,6 @@ def has_skips(chain: Chain) -> bool:
 def has_batch_norm(chain: Chain) -> bool:
     """Return whether there are statistics that can be estimated again."""
     return any(isinstance(module, _BatchNorm) for module in chain.modules())
-
-
-def has_both(chain: Chain) -> bool:
-    """Return whether there are paths to follow, and statistics on which they may depend."""
-    return has_skips(chain) and has_batch_norm(chain)
 
 
 def every(chain: Chain, data: Dataset) -> tuple[Split, str]:
@@ -338,10 +313,10 @@ class Measurement:
 
 
 two_batches = partial(batches, most=2)
-HEALED = "; statistics from 1000 training images"
+HEALED, FIRST = "; statistics from 1000 training images", "; of these the first of test images"
 TABLE = {
     "intact": Measurement(whole_network, note=HEALED),
-    "delete_each": Measurement(single_deletions),
+    "delete_each": Measurement(lambda chain, test, *_: lesion.delete_each(chain, test)),
     "delete_random": Measurement(random_deletions, some),
     "delete_reestimated": Measurement(healed_deletions, some, has_batch_norm, HEALED),
     "delete_pairs": Measurement(pair_deletions, some, lambda chain: len(chain) >= 5),
@@ -351,20 +326,25 @@ TABLE = {
     "path_norms": Measurement(norms_of_paths, few, has_skips),
     "lengths": Measurement(length_of_each_image, some, has_skips),
     "branches": Measurement(size_and_direction, some, has_skips),
-    "replace": Measurement(replaced_branches, some),
-    "taylor": Measurement(predicted_by_gradients, some),
+    "replace": Measurement(lambda chain, test, _, seed: lesion.replace_branches(chain, test, seed=seed), some),
+    "taylor": Measurement(lambda chain, test, *_: lesion.taylor_importance(chain, test), some),
     "variance": Measurement(variance_of_damage, some, note=HEALED),
     "spectrum_weights": Measurement(partial(spectrum_of_batches, at_weights=True), two_batches, has_skips),
-    "spectrum_batch_norm": Measurement(partial(spectrum_of_batches, batch_statistics=True), two_batches, has_both),
-    "spectrum_splits": Measurement(other_splits, two_batches, has_skips, "; of these the first of test images"),
-    "trace_free_split": Measurement(trace_free_split, two_batches, has_skips, "; of these the first of test images"),
+    "spectrum_batch_norm": Measurement(
+        partial(spectrum_of_batches, batch_statistics=True), two_batches,
+        lambda chain: has_skips(chain) and has_batch_norm(chain)),
+    "spectrum_splits": Measurement(other_splits, two_batches, has_skips, FIRST),
+    "trace_free_split": Measurement(trace_free_split, two_batches, has_skips, FIRST),
     "batch_norm_shift": Measurement(shift_of_statistics, some, has_batch_norm, "; statistics from 500 training images"),
     "subnetworks": Measurement(random_parts, some, lambda chain: has_skips(chain) and len(chain) >= min(ACTIVE)),
 }
 """What is measured on one network, by the name of the file that holds the results."""
 
-ENSEMBLE = {"ensemble": Measurement(remove_members)}
-"""What is measured on several networks of different seeds together."""
+ENSEMBLE = {
+    "ensemble": Measurement(
+        lambda chains, test, *_: ensemble.remove_members(*ensemble.predictions(chains, test), range(len(chains)))),
+}
+"""What is measured on several networks of different seeds together: what deleting blocks is compared with."""
 
 
 def applicable(chain: Chain) -> list[str]:
@@ -382,10 +362,6 @@ def _losses(chain: Chain, test: Split) -> tuple[np.ndarray, np.ndarray]:
 
 def _spectrum_batch(data: Dataset) -> int:
     return 128 if data.name == "cifar10" else 64
-
-
-def _numbers(chain: Chain) -> list[int]:
-    return [k for k in K if k < len(chain)]
 
 
 def _healed(chain: Chain, data: Dataset, images: int = 1000) -> Chain:

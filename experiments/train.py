@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, .safetensors")
     options.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: checkpoint.pt beside the weights")
     options.add_argument("--compile", action="store_true", help="compile the units; takes minutes, and pays in hours")
-    return run(train, options.parse_args(arguments))
+    return run(train, options.parse_args(arguments), ".safetensors")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -49,11 +49,6 @@ def train(options: argparse.Namespace) -> None:
         OSError: a file could not be written; what was written before is whole.
     """
     name = f"{options.network}-seed{options.seed}-{options.recipe}"
-    if options.out.suffix != ".safetensors":
-        raise ValueError(f"--out {options.out}: weights are kept in a file that ends with .safetensors")
-    if options.out.exists():
-        print(f"{name}: done already ({options.out})")
-        return
     checkpoint = options.checkpoint or options.out.with_name("checkpoint.pt")
     previous, progress = checkpoint.with_suffix(".previous.pt"), checkpoint.with_suffix(".seconds.json")
     recipe, data = RECIPES[options.recipe], load_dataset(options.dataset, options.data)

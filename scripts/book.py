@@ -37,11 +37,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BOOK, BUILD = ROOT / "book", ROOT / "_build"
 CODE, EXECUTED, REPORTS = BUILD / "code", BUILD / "executed", BUILD / "reports"
 CELL_TIMEOUT = 900  # seconds
-LIMITS = {"04-training": (1500, 120), "11-your-own-network": (2500, 120)}  # others: what Binder gives, and patience
+LIMITS = {"04-training": (1500, 120), "11-your-own-network": (1500, 75)}  # others: what Binder gives, and patience
 LIMIT = (1500, 60)  # megabytes, and seconds of two cores, which count in `make test` alone: machines differ
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill puts in
 KEPT = ("tags", "mystnb")  # what a cell's metadata may hold; editors and papermill add the rest
 PLACEHOLDER = "# placeholder"  # what follows the repository's address in _config.yml until somebody owns it
+SHARED = ("binder", "book", "data", "experiments", "lib", "pyproject.toml", "README.md", "LICENSE")  # by both editions
 VERSIONS = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib", "seaborn")
 
 
@@ -88,12 +89,24 @@ def settings() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "_config.yml").read_text())
 
 
-def bootstrap() -> str:
-    """The code of the Colab cell; the repository's address comes from _config.yml."""
+def bootstrap(beside: str | None = None) -> str:
+    """The code of the Colab cell, for a notebook that imports a module from beside it, or none of these.
+
+    The repository's address comes from _config.yml.
+    """
     address = settings()["repository"]
     url = address["url"].rstrip("/")
     cell = (ROOT / "scripts/colab.txt").read_text().rstrip()
-    return cell.format(url=url, branch=address["branch"], name=url.rsplit("/", 1)[-1])
+    return cell.format(url=url, branch=address["branch"], name=url.rsplit("/", 1)[-1],
+                       condition=f' or importlib.util.find_spec("{beside}") is None' if beside else "",
+                       reason=f", or {beside}.py does not lie beside this notebook" if beside else "")
+
+
+def beside(notebook: NotebookNode) -> str | None:
+    """The module of book/ that a notebook imports, if it does."""
+    own = "|".join(path.stem for path in BOOK.glob("*.py")) or "(?!)"
+    found = (re.search(rf"^(?:import|from) ({own})\b", cell.source, flags=re.M) for cell in code(notebook))
+    return next((match[1] for match in found if match), None)
 
 
 def declared(notebook: NotebookNode) -> dict[str, Any]:
@@ -105,19 +118,17 @@ def declared(notebook: NotebookNode) -> dict[str, Any]:
 
 def refuse(name: str, value: Any, default: Any) -> None:
     """Raise unless a parameter may have this value: one of the kind of its default, and in range."""
-    folder = ROOT / "data/results"
+    folder, kind = ROOT / "data/results", type(default)
     named = {"DATASET": {path.name for path in folder.glob("*/")}, "RECIPE": {"default"}}.get(name)
     for table in folder.glob("*/networks.csv") if name == "RECIPE" else []:
         named |= {row["recipe"] for row in csv.DictReader(table.open())}
-    least = 1 if default is None or default else 0  # what is 0 at first may be 0: a seed, "as many as usual"
     if named:
         fits, wanted = value in named, "one of " + ", ".join(sorted(named))
-    elif default is None or type(default) is int:
-        fits = value is None if value is None else type(value) is int and value >= least
-        fits, wanted = fits and (value is not None or default is None), f"a whole number of at least {least}"
-        wanted += ", or null for the page's own choice" * (default is None)
+    elif default is None or kind is int:
+        least = 0 if default == 0 else 1  # what is 0 at first may be 0: a seed, "as many as usual"
+        fits = (type(value) is int and value >= least) or (value is None and default is None)
+        wanted = f"a whole number of at least {least}" + ", or null for the page's own choice" * (default is None)
     else:
-        kind = type(default)
         fits, wanted = type(value) is kind, {bool: "true or false", str: "text"}.get(kind, f"a {kind.__name__}")
     if not fits:
         raise BookError(f"the parameter {name} cannot be {value!r}: it takes {wanted}")
@@ -268,7 +279,10 @@ def pages(runs: str, target: str) -> None:
 
 
 def publish(html: Path, target: Path, notebooks: dict[str, NotebookNode]) -> None:
-    """Write the plain editions: what Colab and Binder open, from a branch of their own, and the pages' downloads."""
+    """Write the plain editions, which are the pages' downloads too, into a copy of the repository.
+
+    Colab and Binder open it, from a branch of its own.
+    """
     import plain
 
     address = settings()["repository"]
@@ -276,14 +290,17 @@ def publish(html: Path, target: Path, notebooks: dict[str, NotebookNode]) -> Non
     references = plain.known(html, BOOK / "references.bib", f"https://{owner}.github.io/{name}")
     for path, notebook in notebooks.items():
         try:
-            text = nbformat.writes(plain.plain(notebook, references, bootstrap()))
+            text = nbformat.writes(plain.plain(notebook, references, bootstrap(beside(notebook))))
         except plain.NotPlain as error:
             raise BookError(f"{path}: {error}") from error
         write(target / "book" / path, text)
         write(html / "_sources/book" / path, text)
-    for path in (ROOT / "binder").glob("*"):
-        write(target / "binder" / path.name, path.read_text().replace(
-            '--editable ".[', f'"unravelling @ git+{address["url"]}" "unravelling['))
+    for name in SHARED:  # what Binder installs, and what the notebooks read
+        if (ROOT / name).is_dir():
+            unwanted = shutil.ignore_patterns("*.ipynb", "*.egg-info", "__pycache__", ".*")
+            shutil.copytree(ROOT / name, target / name, ignore=unwanted, dirs_exist_ok=True)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, target)
     target.mkdir(exist_ok=True)
     (html / "references.json").unlink()
 

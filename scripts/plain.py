@@ -74,7 +74,7 @@ def plain(notebook: NotebookNode, references: References, setup: str) -> Noteboo
         if "parameters" in tags:
             cell.metadata["tags"] = ["parameters"]
         if figure := shown.get("figure"):
-            label = references["numref"][figure["name"]][0]
+            label = found(references, "numref", figure["name"])[0]
             caption = f"**{label}.** {text(figure['caption'], references)}"
             cells.append(new_markdown_cell(caption, id=f"{cell.id[:50]}-caption"))
     whole = copy.deepcopy(notebook)

@@ -575,10 +575,10 @@ def _timm_mixer(block: str, mlp: str, mlp_ratio) -> nn.Module:
     )
 
 
-def transformer(name: str, config: dict) -> nn.Module:
+def transformer(name: str, config: dict, kind: str = "Config") -> nn.Module:
     transformers = importlib.import_module("transformers")
     stem = re.sub(r"For\w+$|LMHeadModel$", "", name)
-    settings = getattr(transformers, f"{stem}Config")(**config)
+    settings = getattr(transformers, stem + kind)(**config)
     return getattr(transformers, name)(settings)
 
 
@@ -849,24 +849,50 @@ def built(name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Other:
-    """A model, how many units it has, and for how many of these a module can be edited to delete them."""
+    """A model, how many units it has, and for how many of these a module can be edited to delete them.
+
+    Args:
+        build: makes the model.
+        units: how many residual units there are.
+        deletions: for how many of them a module returns the end of the branch.
+        kind: of its input: images ``(2, 3, 32, 32)``, tokens ``(2, 6)``, sounds ``(2, 8, 16)``, or two of these, for
+            an encoder and for the decoder that the stream starts at.
+    """
 
     build: Callable[[], nn.Module]
     units: int
     deletions: int
-    images: bool = True
+    kind: str = "images"
 
-    def inputs(self) -> Tensor:
-        """Images ``(2, 3, 32, 32)`` or tokens ``(2, 6)``."""
+    @property
+    def options(self) -> dict:
+        """Keyword arguments for `unravel`."""
+        return {"stream": "decoder_input_ids"} if " and " in self.kind else {}
+
+    def inputs(self) -> Tensor | dict[str, Tensor]:
+        """A tensor, or a dict of two."""
         generator = torch.Generator().manual_seed(0)
-        if self.images:
-            return torch.randn(2, 3, 32, 32, generator=generator)
-        return torch.randint(11, (2, 6), generator=generator)
+        kinds = {
+            "images": torch.randn(2, 3, 32, 32, generator=generator),
+            "tokens": torch.randint(11, (2, 6), generator=generator),
+            "sounds": torch.randn(2, 8, 16, generator=generator),
+        }
+        first, _, second = self.kind.partition(" and ")
+        if not second:
+            return kinds[first]
+        names = {"tokens": "input_ids", "sounds": "input_features"}
+        return {names[first]: kinds[first], "decoder_input_ids": kinds[second].flip(1)}
 
 
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
 LLM = small_transformer(num_key_value_heads=2)
+SIDES = {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in {"layers": 2, "attention_heads": 2, "ffn_dim": 32}.items()
+}
+BOTH = {"vocab_size": 11, "d_model": 16, "decoder_start_token_id": 0, **SIDES, **TOKENS}  # an encoder and a decoder
 
 OTHERS: dict[str, Other] = {
     "timm convnextv2": Other(lambda: timm("convnextv2_atto", **STAGES), 5, 5),
@@ -898,8 +924,8 @@ OTHERS: dict[str, Other] = {
             "BloomForCausalLM", {"vocab_size": 11, "hidden_size": 16, "n_layer": 2, "n_head": 2} | TOKENS
         ),
         4,
-        0,
-        images=False,
+        4,
+        kind="tokens",
     ),
     "transformers mpt": Other(
         lambda: transformer(
@@ -908,18 +934,70 @@ OTHERS: dict[str, Other] = {
             | TOKENS,
         ),
         4,
-        2,
-        images=False,
+        4,
+        kind="tokens",
     ),
     "transformers opt": Other(
-        lambda: transformer("OPTForCausalLM", small_transformer(ffn_dim=32, word_embed_proj_dim=16)), 4, 0, images=False
+        lambda: transformer("OPTForCausalLM", small_transformer(ffn_dim=32, word_embed_proj_dim=16)),
+        4,
+        4,
+        kind="tokens",
     ),
-    "transformers falcon": Other(lambda: transformer("FalconForCausalLM", small_transformer()), 2, 0, images=False),
-    "transformers olmo2": Other(lambda: transformer("Olmo2ForCausalLM", LLM), 4, 4, images=False),
+    "transformers falcon": Other(lambda: transformer("FalconForCausalLM", small_transformer()), 2, 2, kind="tokens"),
+    "transformers olmo2": Other(lambda: transformer("Olmo2ForCausalLM", LLM), 4, 4, kind="tokens"),
     "transformers granite": Other(
-        lambda: transformer("GraniteForCausalLM", LLM | {"residual_multiplier": 0.5}), 4, 0, images=False
+        lambda: transformer("GraniteForCausalLM", LLM | {"residual_multiplier": 0.5}), 4, 0, kind="tokens"
     ),
-    "transformers qwen2": Other(lambda: transformer("Qwen2ForCausalLM", LLM), 4, 4, images=False),
-    "transformers qwen3": Other(lambda: transformer("Qwen3ForCausalLM", LLM | {"head_dim": 8}), 4, 4, images=False),
-    "transformers mistral": Other(lambda: transformer("MistralForCausalLM", LLM), 4, 4, images=False),
+    "transformers qwen2": Other(lambda: transformer("Qwen2ForCausalLM", LLM), 4, 4, kind="tokens"),
+    "transformers qwen3": Other(lambda: transformer("Qwen3ForCausalLM", LLM | {"head_dim": 8}), 4, 4, kind="tokens"),
+    "transformers mistral": Other(lambda: transformer("MistralForCausalLM", LLM), 4, 4, kind="tokens"),
+    "transformers gemma3": Other(
+        lambda: transformer(
+            "Gemma3ForCausalLM",
+            LLM | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+            "TextConfig",
+        ),
+        4,
+        4,
+        kind="tokens",
+    ),
+    "transformers t5": Other(
+        lambda: transformer(
+            "T5ForConditionalGeneration",
+            {"vocab_size": 11, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+            | TOKENS
+            | {"decoder_start_token_id": 0},
+        ),
+        6,
+        6,
+        kind="tokens and tokens",
+    ),
+    "transformers bart": Other(
+        lambda: transformer("BartForConditionalGeneration", BOTH | {"max_position_embeddings": 16}),
+        6,
+        6,
+        kind="tokens and tokens",
+    ),
+    "transformers whisper encoder": Other(
+        lambda: transformer(
+            "WhisperForAudioClassification",
+            BOTH | {"num_mel_bins": 8, "max_source_positions": 8, "num_labels": 10, "classifier_proj_size": 8},
+        ),
+        4,
+        4,
+        kind="sounds",
+    ),
+    "transformers whisper decoder": Other(
+        lambda: transformer(
+            "WhisperForConditionalGeneration",
+            BOTH | {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16},
+        ),
+        6,
+        6,
+        kind="sounds and tokens",
+    ),
+    "timm davit": Other(
+        lambda: timm("davit_tiny", depths=(1, 1), embed_dims=(8, 16), num_heads=(2, 2), window_size=4), 16, 14
+    ),
+    "timm repvit": Other(lambda: timm("repvit_m0_9", embed_dim=(8, 16), depth=(2, 2)), 11, 11),
 }

@@ -41,6 +41,12 @@ X = torch.tensor([[1.0, -2.0]])
         (Unit(Times(3), residual=False).scaled(0.5), [[1.5, -3.0]]),
         (Unit(Times(3)).scaled(0.5).scaled(0), [[1.0, -2.0]]),
         (Unit(Times(3)).deleted().scaled(5), [[1.0, -2.0]]),
+        (Unit(Times(3)).split(0.25), [[4.0, -8.0]]),  # y/4 + (3y + 3y/4)
+        (Unit(Times(3)).split(-2).deleted(), [[-2.0, 4.0]]),
+        (Unit(Times(3), Times(10)).split(0.25).deleted(), [[10.0, -20.0]]),
+        (Unit(Times(3), Times(10), nn.ReLU()).then(nn.ReLU()), [[13.0, 0.0]]),
+        (Unit(Times(3), residual=False).then(Times(-1)), [[-3.0, 6.0]]),
+        (Unit(Times(3)).deleted().then(Times(5)), [[1.0, -2.0]]),
     ],
 )
 def test_unit_computes_by_hand(unit, expected):
@@ -53,7 +59,7 @@ def test_unit_knows_its_kind():
     assert (unit.is_transition, unit.is_deleted) == (True, False)
     assert (gone.is_transition, gone.is_deleted, gone.name, gone.stage) == (True, True, "a", 2)
     assert (gone.has_identity_skip, Unit(Times(3)).has_identity_skip) == (False, True)
-    assert not Unit(Times(3)).is_transition
+    assert (Unit(Times(3)).is_transition, Unit(Times(3)).stage) == (False, 1)
     assert not Unit(Times(3), Times(10)).is_transition, "a skip of equal shape is no transition"
     assert repr(unit).startswith("Unit(\n  a, stage 2, residual, transition")
     assert "plain" in Unit(Times(3), residual=False).extra_repr()
@@ -228,6 +234,7 @@ def test_indices_that_do_not_exist():
     ("order", "error", "message"),
     [
         ([0, 1, 2], ValueError, "order names 3 units, but this chain has 9: name each one once"),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 8], ValueError, "order names 10 units, but this chain has 9: name each one once"),
         ([0, 1, 2, 3, 4, 5, 6, 7, 9], IndexError, "unit 9 does not exist: this chain has units 0 to 8"),
         ([0, 1, 2, 3, 4, 5, 6, 7, -1], IndexError, "unit -1 does not exist: this chain has units 0 to 8"),
         ([0, 1, 2, 3, 4, 5, 6, 7, 7], ValueError, "unit 7 is named more than once: name each unit once"),

@@ -85,6 +85,7 @@ def test_batches_hold_every_image_in_order():
     test = digits().test
     batches = test.batches(150)
     assert [len(y) for _, y in batches] == [150, 150, 150, 50]
+    assert [len(y) for _, y in digits().train.batches()] == [500, 500, 97]
     assert torch.equal(torch.cat([y for _, y in batches]), test.labels)
     assert torch.equal(torch.cat([x for x, _ in batches]), test.normalize(test.images))
 

@@ -453,7 +453,7 @@ def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda old, new: (renamed.append(Path(new).name), rename(old, new)))
         collect.collect(TOY, runs, one)
-    assert ".whole" in renamed  # at one moment, all is there
+    assert ".ready" in renamed  # at one moment, all is there
     first = contents(one)
     stamps = {path: path.stat().st_mtime_ns for path in one.rglob("*.*")}
     assert collect.collect(TOY, runs, one) == []

@@ -6,6 +6,8 @@ Skipped where no Chromium is installed. Nothing is downloaded.
 import json
 import re
 import sys
+from html import escape
+from io import BytesIO
 from itertools import combinations, product
 from math import comb
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy.stats import kendalltau
 from sklearn.datasets import load_digits
 from unravelling.data import digits
@@ -157,6 +160,78 @@ def test_figure_is_accessible(show, name):
         found = axe.run(show(name, 390, theme)).response["violations"]
         grave = [v["id"] + ": " + v["nodes"][0]["html"][:100] for v in found if v["impact"] in ("critical", "serious")]
         assert grave == []
+
+
+def test_digits_keep_their_pixels_in_either_scheme(show):
+    shots = []
+    for theme in INK:
+        page = show("damage_map", theme=theme)
+        page.get_by_role("slider", name="Cell").focus()
+        page.keyboard.press("ArrowDown")
+        shots.append(Image.open(BytesIO(page.locator("canvas.digit").screenshot())).convert("L"))
+    light, dark = (np.asarray(shot, float)[2:-2, 2:-2] for shot in shots)
+    assert light.std() > 30, "there is a digit to see"
+    assert np.abs(light - dark).max() <= 2
+
+
+# -- in the outputs of Jupyter and Colab ---------------------------------------------------------------------
+
+JUPYTERLAB = """markup => {
+    const host = document.querySelector('main');
+    host.innerHTML = markup;
+    for (const script of host.querySelectorAll('script')) {  // which innerHTML does not run
+        const fresh = document.createElement('script');
+        for (const { name, value } of script.attributes) fresh.setAttribute(name, value);
+        fresh.textContent = script.textContent;
+        script.replaceWith(fresh);
+    } }"""
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_works_when_inserted_as_jupyterlab_does(show, made, name):
+    page = show(name, markup="<p>to come</p>")
+    page.evaluate(JUPYTERLAB, made(name))
+    assert page.locator(".unravelling[data-ready]").count() == 1
+    assert len(status(page).split()) > 5
+    assert page.locator(".unravelling-fallback").is_hidden()
+    page.evaluate(JUPYTERLAB, made(name))  # the cell is run again
+    assert page.get_by_role("status").count() == 1
+    assert page.faults == []
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_says_why_it_is_missing_in_a_notebook_that_is_not_trusted(show, made, name):
+    """Jupyter takes scripts and styles out of outputs then; GitHub does so always."""
+    clean = re.sub(r"<(script|style)\b.*?</\1>", "", made(name), flags=re.S)
+    page = show(name, markup=clean)
+    assert page.locator(".unravelling-fallback").is_visible()
+    assert page.locator("main").inner_text().strip() == interactive.FALLBACK
+
+
+ANSWERS = {
+    "lesion_bench": ("slider", "Unit", "ArrowRight"),
+    "unravelled_network": ("button", "branch 2", "Enter"),
+    "path_lengths": ("slider", "Blocks n", "ArrowLeft"),
+    "reordering": ("button", "Shuffle every stage", "Enter"),
+    "damage_map": ("slider", "Cell", "ArrowDown"),
+}
+"""A control of each figure, and a key to which it answers."""
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_works_in_a_frame_that_reaches_nothing(show, made, name):
+    """As in Colab, whose outputs lie in a frame of another origin: no cookies, no storage, no parent, no network."""
+    frame = f'<iframe sandbox="allow-scripts" title="Output" width="700" height="900" srcdoc="{escape(made(name))}">'
+    page = show(name, markup=f"{frame}</iframe>")
+    output = page.frame_locator("iframe")
+    output.locator(".unravelling[data-ready]").wait_for()
+    assert len(output.get_by_role("status").inner_text().split()) > 5
+    assert output.locator(".unravelling-fallback").is_hidden()
+    before = output.get_by_role("status").inner_text()
+    role, label, key = ANSWERS[name]
+    output.get_by_role(role, name=label).press(key)
+    assert output.get_by_role("status").inner_text() != before, "it answers"
+    assert page.faults == []
 
 
 # -- lesion bench --------------------------------------------------------------------------------------------

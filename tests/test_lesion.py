@@ -1,6 +1,7 @@
 """Lesions: shared work gives the bits of the naive loop, at the promised cost, and changes nothing."""
 
 import gc
+import math
 import re
 from itertools import product
 
@@ -228,6 +229,18 @@ def test_variants_may_differ_in_length_and_repeat_units():
     assert (logits[0] == together[0]).all()
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_unit_of_ones_own_takes_its_place_in_a_variant(kind):
+    chain, (x, y) = small(kind), BATCHES[0]
+    own = chain.units[2].scaled(0.25)
+    variants = [[*range(2), own, *range(3, len(chain))], range(len(chain)), [*range(len(chain) - 1), ~(len(chain) - 1)]]
+    logits, _ = variant_logits(chain, (x, y), variants, max_memory=0)
+    expected = [chain.with_units([*chain.units[:2], own, *chain.units[3:]]), chain, chain.without(len(chain) - 1)]
+    for found, other in zip(logits, expected, strict=True):
+        assert found.tobytes() == naive(other, [(x, y)])[0].tobytes()
+    assert (logits[0] != logits[1]).any()
+
+
 @pytest.mark.parametrize(("variants", "error", "message"), [
     ([], ValueError, "there are no variants: name at least one sequence of units, such as range(len(chain))"),
     ([range(7)], IndexError, "unit 6 does not exist: this chain has units 0 to 5"),
@@ -434,7 +447,7 @@ def test_labels_of_the_wrong_kind_or_number():
     x, y = images(3)
     with pytest.raises(ValueError, match=r"^the labels are a torch.FloatTensor: pass a loss that knows"):
         delete_each(small("pre"), (x, y.float()))
-    with pytest.raises(ValueError, match=r"^there are labels \(3, 2\) for logits \(3, 10\): expected a label for each"):
+    with pytest.raises(ValueError, match=r"^y, the labels, have shape \(3, 2\) beside logits of shape"):
         delete_each(small("pre"), (x, y[:, None].expand(3, 2)))
     small_labels = delete_each(small("pre"), (x, torch.tensor([1, 2, 3], dtype=torch.uint8)))
     assert small_labels.equals(delete_each(small("pre"), (x, torch.tensor([1, 2, 3]))))
@@ -500,12 +513,85 @@ def test_k_may_come_from_numpy_or_be_any_sequence(k):
         ({"k": 3, "candidates": [0, 1]}, ValueError, "cannot delete 3 units: there are 2 to choose from"),
         ({"k": 1, "candidates": [6]}, IndexError, "unit 6 does not exist: this chain has units 0 to 5"),
         ({"k": 1, "candidates": [2, 2]}, ValueError, "unit 2 is named more than once: name each unit once"),
+        *(
+            ({"k": 1, "candidates": junk}, IndexError, f"unit {name} does not exist: this chain has units 0 to 5")
+            for junk, name in [(3.5, 3.5), ([None], None), ("ab", "a"), ([math.nan], "nan"), ([-1], -1), (True, True)]
+        ),
+        (
+            {"k": 1, "candidates": torch.ones(1, 2)},
+            IndexError,
+            "unit tensor([1., 1.]) does not exist: this chain has units 0 to 5",
+        ),
     ],
 )
 def test_choices_that_cannot_be_made(arguments, error, message):
     with pytest.raises(error) as caught:
         delete_random(small("pre"), BATCHES, trials=2, **arguments)
     assert str(caught.value) == message
+
+
+NUMBERS = {
+    "k": [
+        lambda v: delete_random(small("pre"), BATCHES, v, 1),
+        lambda v: delete_random(small("pre"), BATCHES, [0, v], 1),
+    ],
+    "swaps": [lambda v: reorder(small("pre"), BATCHES, v, 1), lambda v: reorder(small("pre"), BATCHES, (None, v), 1)],
+    "trials": [lambda v: delete_random(small("pre"), BATCHES, 1, v), lambda v: reorder(small("pre"), BATCHES, None, v)],
+    "seed": [
+        lambda v: delete_random(small("pre"), BATCHES, 1, 1, v),
+        lambda v: reorder(small("pre"), BATCHES, 1, 1, v),
+        lambda v: replace_branches(small("pre"), BATCHES, "mean", v),
+    ],
+    "max_memory": [
+        lambda v: delete_each(small("pre"), BATCHES, max_memory=v),
+        lambda v: variant_logits(small("pre"), BATCHES, [[0]], max_memory=v),
+    ],
+}
+"""What calls the functions with a value for an argument that is a whole number."""
+
+
+@pytest.mark.parametrize("junk", [True, np.True_, 1.0, 1.5, math.nan, -math.inf, 1j, object], ids=repr)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_whole_number_is_refused_by_name(name, junk):
+    for call in NUMBERS[name]:
+        with pytest.raises(TypeError, match=f"^{re.escape(f'{name} must be a whole number, not {junk!r}')}$"):
+            call(junk)
+
+
+@pytest.mark.parametrize(
+    ("name", "junk", "error", "message"),
+    [
+        *((name, None, TypeError, f"{name} must be a whole number, not None") for name in NUMBERS if name != "swaps"),
+        *((name, "2", TypeError, f"{name} must be a whole number, not '2'") for name in NUMBERS),
+        *((name, 2**63, ValueError, f"{name} must be less than 2^63, not {2**63}") for name in NUMBERS),
+        ("k", -1, ValueError, "cannot delete -1 units: there are 6 to choose from"),
+        ("swaps", -1, ValueError, "cannot swap -1 different pairs: there are 1 of equal shape"),
+        ("trials", 0, ValueError, "trials must be at least 1, not 0"),
+        ("seed", -1, ValueError, "seed must be at least 0, not -1"),
+        ("max_memory", -1, ValueError, "max_memory must be at least 0, not -1"),
+    ],
+    ids=repr,
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(name, junk, error, message):
+    for call in NUMBERS[name]:
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call(junk)
+
+
+@pytest.mark.parametrize("name", ["k", "swaps"])
+@pytest.mark.parametrize("empty", [[], "", np.zeros(0)], ids=repr)
+def test_no_numbers_at_all(name, empty):
+    with pytest.raises(ValueError, match=f"^{name} is empty: expected at least one member$"):
+        NUMBERS[name][0](empty)
+
+
+def test_pairs_that_are_swapped_are_different_ones():
+    """Of two pairs, one a stage, two swaps take each once: one twice would give the old order back."""
+    chain = linear_chain()
+    for unit, stage in zip(chain.units, (1, 1, 2, 2), strict=True):
+        unit.stage = stage
+    table = reorder(chain, (torch.randn(5, 6), torch.zeros(5, dtype=torch.long)), 2, 20)
+    assert set(table["order"]) == {"1 0 3 2"}
 
 
 # ---------------------------------------------------------------- batch norm
@@ -776,3 +862,14 @@ def test_scores_of_images_and_of_tokens_are_those_of_pytorch():
     assert not some[:, 1, 2].any()
     assert np.isnan(partly).sum() == 2
     assert (partly == loss)[~np.isnan(partly)].all()
+
+
+def test_labels_of_pixels_are_scored_as_pytorch_does():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4, 5, generator=generator), torch.randint(3, (2, 4, 5), generator=generator)
+    chain = Chain(nn.Identity(), [Unit(nn.Identity())], nn.Identity())
+    expected = cross_entropy(logits.double(), labels, reduction="none").mean((1, 2))
+    for out in (logits, logits.movedim(1, -1)):  # classes before the pixels, or after
+        wrong, loss = evaluate_variants(chain, (out, labels), [[~0]])
+        assert wrong[0] == pytest.approx((logits.argmax(1) != labels).double().mean((1, 2)).numpy())
+        assert loss[0] == pytest.approx(expected.numpy(), rel=1e-12)

@@ -1,11 +1,13 @@
 """The library as others get it: the wheel in use, what it needs, what an import costs, its types; and its floors."""
 
 import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections import Counter
 from email import message_from_bytes
@@ -14,8 +16,10 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
+from test_notebooks import files
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "lib/unravelling"
@@ -61,13 +65,20 @@ def requirements(metadata):
     return found
 
 
-def test_wheel_holds_the_library_and_nothing_else(wheel):
+def test_wheel_holds_the_library_and_what_is_stored_and_nothing_else(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    kept = [path for path in SOURCE.rglob("*") if path.suffix in {".py", ".typed"}]
-    assert sorted(names) == sorted(path.relative_to(SOURCE.parent).as_posix() for path in kept)
+    kept = {path.relative_to(SOURCE.parent).as_posix() for path in files(SOURCE, {".py", ".typed"})}
+    data = [path.relative_to(ROOT / "data") for path in files(ROOT / "data", {".csv", ".json", ".safetensors"})]
+    data = {f"unravelling/_stored/{path.as_posix()}" for path in data if path.parts[:2] != ("weights", "cifar10")}
+    assert set(names) == kept | data
     assert "unravelling/py.typed" in names
+    assert {"unravelling/_stored/claims.csv", "unravelling/_stored/weights/digits/resnet110-seed0.safetensors"} <= data
+
+
+def test_wheel_stays_small(wheel):
+    assert wheel.stat().st_size < 15e6
 
 
 def test_wheel_requires_what_the_library_runs_on(metadata):
@@ -95,7 +106,7 @@ def installed(wheel, tmp_path_factory):
 
 
 def test_wheel_works_as_the_readme_uses_it(installed):
-    printed = installed(f"""if True:
+    printed = installed("""if True:
         import torch, unravelling
         from torch import nn
         from unravelling import delete_each, digits, load, unravel
@@ -113,12 +124,82 @@ def test_wheel_works_as_the_readme_uses_it(installed):
         chain = unravel(own, images)
         chain.verify(images)
         print(unravelling.__file__, len(chain.units))
-        table = delete_each(load({str(ROOT / "data/weights/digits/resnet20-seed0.safetensors")!r}), digits().test)
+        table = delete_each(load("digits/resnet20-seed0"), digits().test)
         print(*table.unit)
     """)
     where, deleted = printed.splitlines()
     assert where.split() == [str(installed.folder / "unravelling/__init__.py"), "2"]
     assert deleted.split() == [str(unit) for unit in range(9)]
+
+
+def python_of(text):
+    """The first block of Python in a section of Markdown."""
+    return re.search(r"```python\n(.*?)```", text, flags=re.S)[1]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(wheel, tmp_path_factory):
+    """`elsewhere(*arguments)` runs Python in an empty folder, in an environment that has the wheel and no clone."""
+    home, folder = tmp_path_factory.mktemp("environment"), tmp_path_factory.mktemp("elsewhere")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=120)
+    python = next(path for path in (home / "bin/python", home / "Scripts/python.exe") if path.exists())
+    target = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+                                 capture_output=True, text=True, check=True, timeout=60).stdout.strip())
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target,
+                    wheel], check=True, timeout=120)
+    # what it needs comes from the environment of the tests, whose own editable install is not followed from here
+    (target / "outer.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def run(*arguments):
+        done = subprocess.run([python, *arguments], cwd=folder, capture_output=True, text=True, check=False,
+                              env={**clean, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}, timeout=300)
+        return done.returncode, done.stdout + done.stderr
+
+    run.folder, run.library = folder, target / "unravelling"
+    return run
+
+
+def test_three_lines_of_the_readme_work_outside_a_clone(elsewhere):
+    readme = (ROOT / "README.md").read_text()
+    lines = python_of(readme[readme.index("## The library in three lines"):])
+    assert 'load("digits/resnet110-seed0")' in lines
+    code, printed = elsewhere("-c", f"{lines}\nimport unravelling; print(unravelling.__file__)")
+    assert code == 0, printed
+    assert "delta_error" in printed
+    assert Path(printed.split()[-1]) == elsewhere.library / "__init__.py"
+
+
+def test_results_claims_and_weights_come_with_the_library(elsewhere):
+    """Every table as it lies in the repository; networks that do not come along are named as missing."""
+    code, printed = elsewhere("-c", """if True:
+        import json
+        from unravelling import load
+        from unravelling.stored import data_folder, data_label, stored
+        folder = data_folder()
+        tables = sorted(p.relative_to(folder / "results").with_suffix("") for p in folder.glob("results/*/*.csv"))
+        rows = {name.as_posix(): len(stored(name.as_posix(), recipe=None)) for name in tables}
+        print(json.dumps([rows, data_label("cifar10"), (folder / "claims.csv").is_file()]))
+        load("cifar10/resnet20-seed0")
+    """)
+    assert code == 1, printed
+    rows, label, claims = json.loads(printed.splitlines()[0])
+    assert rows == {path.relative_to(ROOT / "data/results").with_suffix("").as_posix(): len(pd.read_csv(path))
+                    for path in ROOT.glob("data/results/*/*.csv")}
+    assert label.startswith("CIFAR-10")
+    assert claims
+    assert "no weights named 'cifar10/resnet20-seed0': there are digits/plain20-seed0, digits/resnet110" in printed
+
+
+def test_a_chapter_alone_runs_with_the_library_installed(elsewhere):
+    """It loads a network and stored tables of both data sets; nothing is fetched."""
+    shutil.copy(ROOT / "book/08-short-paths.ipynb", elsewhere.folder)
+    failing = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(failing, elsewhere.folder / "failing.ipynb")
+    assert elsewhere("-m", "IPython", "--no-banner", "failing.ipynb")[0], "a notebook that fails is noticed"
+    code, printed = elsewhere("-m", "IPython", "--no-banner", "--colors=NoColor", "08-short-paths.ipynb")
+    assert code == 0, printed[-2000:]
+    assert "Error" not in printed
 
 
 def test_import_loads_little_besides_torch(installed):
@@ -205,8 +286,8 @@ def test_each_range_is_written_once():
 # -- floors --------------------------------------------------------------------------------------------------
 
 FLOORS = [
-    ["chain", "stats"],
-    ["data"],
+    ["chain"],
+    ["data", "stats"],
     ["batches", "nets", "stored"],
     ["paths", "lesion", "train", "weights", "wording"],
     ["ensemble", "plots", "tracing.trace"],
@@ -267,7 +348,7 @@ def test_library_has_no_circle_and_imports_go_down():
     sources = modules(SOURCE)
     assert circles(sources) == []
     assert upward(sources, FLOORS) == []
-    assert sum(len(source.splitlines()) for source in sources.values()) <= 5610
+    assert sum(len(source.splitlines()) for source in sources.values()) <= 5466
 
 
 @pytest.mark.parametrize(("source", "circle", "complaints"), [

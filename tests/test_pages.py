@@ -4,6 +4,7 @@ Every page is opened once at either width; the tests look at what was found ther
 page has been built or no Chromium is installed. Nothing is downloaded. Pictures of all pages lie in _build/screens.
 """
 
+import base64
 import functools
 import gzip
 import io
@@ -42,7 +43,8 @@ CONTRASTS = """() => {
     return [...document.querySelectorAll('article p, article figcaption, article a:not(.headerlink)')]
         .filter(e => e.checkVisibility() && e.textContent.trim())
         .map(e => [getComputedStyle(e).color, behind(e), e.textContent.trim().slice(0, 40)]); }"""
-FIGURES = """() => [...document.querySelectorAll('.cell_output img')].filter(e => e.checkVisibility()).map(e => {
+FIGURES = """() => [...document.querySelectorAll('.cell_output img:not(.tag_photographs *)')]
+    .filter(e => e.checkVisibility()).map(e => {
     const r = e.getBoundingClientRect(); return [r.left + scrollX, r.top + scrollY, r.width, r.height]; })"""
 SCROLLERS = """() => [...document.querySelectorAll('article *')].filter(e => e.checkVisibility()
     && e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX) && e.tabIndex < 0
@@ -199,6 +201,39 @@ def test_figures_have_the_ground_of_their_theme(look, path):
         [1.0] * len(found["light"]["figures"]), abs=0.1)
     assert [rim(found["dark"]["picture"], box) for box in found["dark"]["figures"]] == pytest.approx(
         [0.0] * len(found["dark"]["figures"]), abs=0.1)
+
+
+PATCHES = """source => {
+    const put = (kind, place) => {
+        const cell = document.createElement('div');
+        cell.className = 'cell ' + kind;
+        cell.innerHTML = `<div class="cell_output"><img alt="A patch." width="32" height="32" src="${source}"></div>`;
+        place.prepend(cell);
+        return cell.querySelector('img').decode(); };
+    const place = document.querySelector('article section');
+    return Promise.all([put('tag_photographs', place), put('tag_hide-input', place)]).then(() => 0); }"""
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_photographs_keep_their_pixels_where_drawings_are_turned_round(browser, theme):
+    """A dull blue patch, once in a cell with the tag and once in one without, in the style of a built page."""
+    color, file = (30, 90, 160), io.BytesIO()
+    Image.new("RGB", (32, 32), color).save(file, "PNG")
+    page = browser.new_page(color_scheme=theme)
+    page.route("**/*", lambda r: r.fulfill(path=HTML / r.request.url.removeprefix(f"{ORIGIN}/").split("?")[0]))
+    page.goto(f"{ORIGIN}/book/index.html")
+    page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
+    page.evaluate(PATCHES, "data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+    seen = {}
+    for kind in ("tag_photographs", "tag_hide-input"):
+        shot = page.locator(f".{kind} img[alt='A patch.']").screenshot()
+        seen[kind] = Image.open(io.BytesIO(shot)).convert("RGB").getpixel((16, 16))
+    page.close()
+    assert seen["tag_photographs"] == color
+    if theme == "light":
+        assert seen["tag_hide-input"] == color
+    else:
+        assert luminance(seen["tag_hide-input"]) > luminance(color) + 0.1
 
 
 def test_some_page_has_formulas_and_figures_and_every_page_is_seen(look):

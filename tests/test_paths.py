@@ -163,6 +163,10 @@ def test_a_plain_network_has_one_length_and_a_deleted_one_another():
     chain, (x, y) = small("plain", torch.float64), images(dtype=torch.float64)
     by_length = gradient_by_length(chain.without(1, 3), x, y)
     assert [bool(g.any()) for g in by_length] == [False] * 4 + [True] + [False] * 2
+    table = path_norms(chain.without(1, 3), x, y, 2)  # of one path, whose sign cancels
+    norm = whole_gradient(chain.without(1, 3), x, y).norm().item()
+    assert table["sum_of_squares"].tolist() == pytest.approx([0, 0, 0, 0, norm**2, 0, 0], rel=1e-12)
+    assert table["rms_norm"].tolist() == pytest.approx([0, 0, 0, 0, norm, 0, 0], rel=1e-12)
     nothing_left = gradient_by_length(chain.without(*range(6)), x, y)
     assert [bool(g.any()) for g in nothing_left] == [True] + [False] * 6
 
@@ -205,6 +209,12 @@ def test_lengths_take_half_of_n_squared_branch_products(n):
     Counted.passes = 0
     gradient_by_length(chain, torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     assert Counted.passes == n * (n + 1) // 2
+
+
+def test_a_batch_may_be_given_in_one_piece():
+    chain, (x, y) = small("pre", torch.float64), images(dtype=torch.float64)
+    for at in ("stem", "pixels"):
+        assert torch.equal(gradient_by_length(chain, (x, y), at=at), gradient_by_length(chain, x, y, at=at))
 
 
 # ---------------------------------------------------------------- norms of the gradient

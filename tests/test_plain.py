@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import nbformat
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from test_notebooks import ROOT, book
+from test_notebooks import ROOT, book, files
 
 _spec = importlib.util.spec_from_file_location("plain", ROOT / "scripts/plain.py")
 plain = importlib.util.module_from_spec(_spec)
@@ -59,6 +60,12 @@ def test_what_has_no_plain_form_is_refused(myst, fragment):
         plain.plain(new_notebook(cells=[new_markdown_cell(myst)]), REFERENCES, "")
 
 
+def test_a_figure_that_was_not_drawn_is_refused():
+    cell = new_code_cell("plot()", metadata={"mystnb": {"figure": {"name": "fig-b", "caption": "B"}}})
+    with pytest.raises(plain.NotPlain, match="fig-b"):
+        plain.plain(new_notebook(cells=[cell]), REFERENCES, "")
+
+
 def test_strings_of_code_become_plain_and_the_code_still_runs(capsys):
     source = ('n, figure, page = 2, "fig-a", "05-x"\n'
               'print(f"{n} {{cite}}`a` {{numref}}`{figure}` [to]({page})" + " {eq}`eq-1`")')
@@ -94,10 +101,25 @@ def test_every_notebook_has_an_edition_without_myst():
     for path in EDITIONS:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
-        assert notebook.cells[1].source == book.bootstrap()
+        assert notebook.cells[1].source == book.bootstrap(book.beside(notebook))
+        (name,) = re.findall(r"^(?:import|from) (interactive|judging)\b", "\n".join(c.source for c in notebook.cells),
+                             flags=re.M) or [None]
+        assert (f'find_spec("{name}")' in notebook.cells[1].source) == bool(name)
         texts = [cell.source for cell in notebook.cells]
         texts += ["".join(o.get("data", {}).get("text/markdown", "")) for c in book.code(notebook) for o in c.outputs]
         assert [text for text in texts if plain.ROLE.search(text) or plain.LEFT.search(text)] == [], path.name
+
+
+@built
+def test_editions_lie_in_a_copy_of_what_they_need():
+    """What Binder gets: the library, the data, the modules and figures' scripts beside the notebooks."""
+    for name in ("lib", "data", "experiments"):
+        wanted = files(ROOT / name, {".py", ".csv", ".json", ".safetensors", ".yaml"})
+        assert wanted
+        assert [p for p in wanted if not (ROOT / "_build/plain" / p.relative_to(ROOT)).is_file()] == []
+    there = ("pyproject.toml", "README.md", "LICENSE", "binder/postBuild", "book/interactive.py", "book/judging.py",
+             "book/_static/interactive.js", "book/_static/interactive.css")
+    assert [name for name in there if not (ROOT / "_build/plain" / name).is_file()] == []
 
 
 @built
@@ -159,8 +181,12 @@ def yaml_name():
 def test_without_network_or_library_the_first_cell_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="set INSTALL = True"):
+    with pytest.raises(ModuleNotFoundError, match="library is not installed: set INSTALL = True"):
         exec(book.bootstrap(), {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "unravelling" or None)
+    exec(book.bootstrap(), {})
+    with pytest.raises(ModuleNotFoundError, match=r"or interactive\.py does not lie beside .*: set INSTALL = True"):
+        exec(book.bootstrap("interactive"), {})
 
     def fails(command, **how):
         raise subprocess.CalledProcessError(128, command)

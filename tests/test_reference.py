@@ -5,6 +5,7 @@ import inspect
 import io
 import pkgutil
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -40,6 +41,7 @@ def built(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("out")
     (source / "index.md").write_text(PAGE.read_text() + "\n```{toctree}\nrecipes\n```\n")
     (source / "recipes.md").write_text("# Recipes\n")
+    shutil.copy(ROOT / "book/architectures.csv", source)
     (source / "conf.py").write_text("")
     config = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]
     own = {key: config[key] for key in config if re.match("autodoc|napoleon|nitpick|default_role|maximum_sig", key)}

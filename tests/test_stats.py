@@ -97,6 +97,13 @@ def test_bootstrap_against_scipy():
         assert (narrow[1] - narrow[0]) / width == pytest.approx(ratio, rel=0.1)
 
 
+def test_bootstrap_by_a_loop_over_a_thousand_resamples():
+    values = np.random.default_rng(1).normal(size=7)
+    drawn = np.random.default_rng(0).multinomial(7, [1 / 7] * 7, 1000)  # how often each value is in each resample
+    means = [np.repeat(values, times).mean() for times in drawn]
+    assert paired_bootstrap(values) == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-12)
+
+
 def test_bootstrap_covers_the_truth_as_often_as_it_says():
     random = np.random.default_rng(2)
     simulated = random.exponential(1, (1000, 100)) - 1

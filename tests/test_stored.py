@@ -59,14 +59,16 @@ def test_names_that_are_not_stored_are_answered_with_those_that_are(project, tmp
         stored("digits/a", tmp_path / "book")
 
 
-def test_the_data_folder_is_found_from_below_it_and_beside_the_source(project, tmp_path_factory, monkeypatch):
+def test_the_data_folder_is_found_from_below_it_beside_the_source_or_in_it(project, tmp_path_factory, monkeypatch):
     assert data_folder() == project / "data"
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
     assert data_folder() == ROOT / "data"
     monkeypatch.setattr("unravelling.stored.__file__", str(elsewhere / "site-packages/unravelling/stored.py"))
-    with pytest.raises(FileNotFoundError, match=f"^no data/results in {elsewhere} or above it: run from a clone"):
+    with pytest.raises(FileNotFoundError, match=f"^no data/results in {elsewhere} or above it.*: install"):
         data_folder()
+    (elsewhere / "site-packages/unravelling/_stored/results").mkdir(parents=True)
+    assert data_folder() == elsewhere / "site-packages/unravelling/_stored"
 
 
 def test_both_reads_one_recipe_of_the_networks_asked_for_in_the_same_order(project):
@@ -108,7 +110,7 @@ def test_the_intact_error_is_the_mean_before_the_lesions():
                     {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
         ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-short-paths": 1}},
                     {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
-        ({"a": {"rows": [{"data": "new"}]}}, "short", "new"),
+        ({"a.csv": [{"data": "new"}]}, "short", "new"),
     ],
 )
 def test_the_label_names_the_copy_that_the_record_names(project, record, recipe, expected):

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from architecture_table import row, rows
 from architectures import CASES, OTHERS, labels_for, logits_of
 from torch.nn import functional as F
 from unravelling import gradient_by_length, unravel
@@ -14,6 +15,11 @@ def test_the_corpus_has_sixty_architectures_of_three_libraries():
     assert len(CASES) + len(OTHERS) >= 60
     libraries = {name.partition(" ")[0] for name in [*CASES, *OTHERS]}
     assert {"timm", "torchvision", "transformers"} <= libraries
+
+
+def test_the_reference_lists_every_architecture_and_its_units():
+    units = {name: str(case.units) for name, case in [*CASES.items(), *OTHERS.items()]}
+    assert {name: entry["Units"] for name, entry in rows().items()} == units
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -26,13 +32,14 @@ def test_units_logits_gradients_deletions_spectrum_and_the_model_itself(name):
     before, x = copy.deepcopy(model.state_dict()), case.inputs()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no addition that matters is lost
-        chain = unravel(model, x)
+        chain = unravel(model, x, **case.options)
     assert sum(unit.residual for unit in chain.units) == case.units
     with torch.no_grad():
-        expected = logits_of(model(x))
+        expected = logits_of(model(**x) if isinstance(x, dict) else model(x))
         assert (chain(x) - expected).abs().max() <= 1e-6 * expected.abs().max()
-    table = chain.verify(x).set_index("check")
-    assert table.compared["deletion"] == case.deletions
+    found = row(name, chain, x)
+    assert found["Deletions"] == f"{case.deletions} of {len(chain)}"
+    assert found == rows()[name], "run tests/architecture_table.py"
     y = labels_for(expected)
     spectrum = gradient_by_length(chain, x, y)
     state = chain.stem(x).detach().requires_grad_()

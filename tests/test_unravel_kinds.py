@@ -510,3 +510,40 @@ def test_learned_multiples_of_the_stream_and_of_its_start():
 
     model = seeded(Mixed)
     exact(unravel(model, X), model, units=4)
+
+
+class Hyper(nn.Module):
+    """Hyper-connections: n streams, which every layer reads a mixture of, mixes among themselves and writes to."""
+
+    def __init__(self, streams=3, one=True):
+        super().__init__()
+        self.i, self.body, self.o, self.n, self.one = linear(), body(lambda s, x: s.a(s.ln(x))), linear(), streams, one
+        self.read = nn.ParameterList(torch.randn(streams) for _ in self.body)
+        self.mix = nn.ParameterList(torch.randn(streams, streams) for _ in self.body)
+        self.write = nn.ParameterList(torch.randn(streams) for _ in self.body)
+
+    def forward(self, x):
+        streams = [self.i(x)] * self.n
+        if self.one:
+            y = torch.stack(streams, 1)
+            for block, read, mix, write in zip(self.body, self.read, self.mix, self.write, strict=True):
+                y = mix @ y + write[:, None] * block(read @ y)[:, None]
+            return self.o(y.sum(1))
+        for block, read, mix, write in zip(self.body, self.read, self.mix, self.write, strict=True):
+            f = block(sum(read[k] * streams[k] for k in range(self.n)))
+            streams = [sum(mix[k, j] * streams[j] for j in range(self.n)) + write[k] * f for k in range(self.n)]
+        return self.o(sum(streams))
+
+
+def test_hyper_connections_in_one_tensor_are_units_and_others_are_refused_by_name():
+    model = seeded(Hyper)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the skips mix the streams by weights of their own, and that is told of
+        chain = unravel(model, X)
+    exact(chain, model, units=3, rounding=1e-5)
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other.write[1])
+    with torch.no_grad():
+        assert torch.allclose(chain.without(1)(X), other(X), rtol=1e-5, atol=1e-5)
+    with pytest.raises(Unsupported, match="several streams"):
+        unravel(seeded(lambda: Hyper(one=False)), X)

@@ -94,7 +94,9 @@ def test_reordered_networks_come_back_reordered(tmp_path):
 def test_only_intact_networks_of_the_library_can_be_saved(tmp_path):
     scaled = small("pre").with_units(unit.scaled(0.5) for unit in small("pre").units)
     path = tmp_path / "a.safetensors"
-    for chain in (small("pre").without(2), scaled, Chain(nn.Identity(), [], nn.Flatten())):
+    other = small("pre").with_units(unit.then(nn.ReLU()) for unit in small("pre").units)
+    chains = small("pre").without(2), scaled, other, small("pre").split(0.5), Chain(nn.Identity(), [], nn.Flatten())
+    for chain in chains:
         with pytest.raises(ValueError, match=r"^only an intact network made by unravelling\.nets can be rebuilt"):
             save(chain, path)
     assert not list(tmp_path.iterdir())
@@ -143,7 +145,7 @@ def test_what_save_writes_itself_cannot_be_overwritten(tmp_path, name):
     with pytest.raises(
         ValueError, match=rf"^the header's entry '{name}' is written by save itself: choose another name$"
     ):
-        save(small("pre"), tmp_path / "a.safetensors", **{name: "x"})
+        save(small("pre"), tmp_path / "a.safetensors", **{"versions": "x", name: "x"})  # the first of both is named
     assert not list(tmp_path.iterdir())
 
 
@@ -202,8 +204,9 @@ def test_a_file_from_before_the_checksum_loads(tmp_path):
     head = {"format": "unravelling/1", "architecture": chain.config, "versions": {"torch": "2.8"}, "seed": 1}
     path = tmp_path / "a.safetensors"
     save_file(chain.state_dict(), path, {"unravelling": json.dumps(head)})
-    with pytest.warns(UserWarning, match=r"a\.safetensors is older than checksums: damage would not show"):
+    with pytest.warns(UserWarning, match=r"a\.safetensors is older than checksums: damage would not show") as warned:
         assert snapshot(load(path))["bytes"] == snapshot(chain)["bytes"]
+    assert warned[0].filename == __file__, "the warning points at who loads the file"
     save_file(chain.state_dict(), path, {"unravelling": json.dumps(head | {"dtype": "float32"})})
     for read in (load, header):
         with pytest.raises(ValueError, match=r"a\.safetensors is damaged: its header has lost its checksum\. Fetch it"):
@@ -306,9 +309,14 @@ def test_nothing_is_shipped(shipped):
 
 def test_half_precision_halves_the_file_and_rounds_only_matrices_and_kernels(tmp_path):
     chain = randomized(build("vgg15", "digits", width=24))
+    for name, buffer in chain.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(4097)  # which half precision cannot hold
     whole, small = save(chain, tmp_path / "whole.safetensors"), save(chain, tmp_path / "half.safetensors", half=True)
     assert small.stat().st_size < 0.6 * whole.stat().st_size
     assert header(small)["half"] is True
+    with pytest.raises(TypeError, match="positional"):  # what a third argument would mean is to be said
+        save(chain, tmp_path / "half.safetensors", True)
     loaded = load(small).state_dict()
     for name, tensor in chain.state_dict().items():
         expected = tensor.to(torch.float16).to(tensor.dtype) if tensor.dim() > 1 else tensor

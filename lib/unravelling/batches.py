@@ -25,6 +25,8 @@ LABELS = ("labels", "label")
 IGNORED = -100
 """The label of a token that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
 
+NOTHING = f"every label is {IGNORED}, which counts for nothing: nothing is left to score"
+
 
 def device_of(module: nn.Module) -> torch.device:
     """Return the device of a module's parameters; the CPU where it has none."""
@@ -53,31 +55,6 @@ def move(x: Any, module: nn.Module) -> Any:
     return x.to(device_of(module))
 
 
-def _received(chain: nn.Module, **parts: Any) -> list[Any]:
-    """Bring inputs ``x``, and labels ``y`` where there are some, to a chain; raise where no network can take them."""
-    if not isinstance(chain, nn.Module):
-        raise TypeError(f"chain is a {type(chain).__name__}: expected a network, an nn.Module")
-    if device_of(chain).type == "meta":
-        raise ValueError("the network's weights are on the device meta, where they have no values: load them first")
-    for name, part in parts.items():
-        try:
-            parts[name] = move(part, chain)
-        except (TypeError, NotImplementedError) as error:
-            raise TypeError(f"{name} cannot be brought to the network: {error}") from error
-    x, tensors = parts["x"], [*_tensors(parts["x"])]
-    if not tensors and (isinstance(x, (Split, Dataset)) or not hasattr(x, "to")):
-        kind = type(x).__name__
-        raise TypeError(f"x, the inputs, is a {kind} without a tensor: expected a batch, such as images (B, C, H, W)")
-    lengths = [len(part) for part in parts.values() if isinstance(part, Tensor) and part.dim()]
-    if 0 in lengths:
-        raise ValueError("a batch holds no images: leave it out")
-    if any(tensor.isnan().any() for tensor in tensors if tensor.is_floating_point()):
-        raise ValueError("x, the inputs, hold NaN: leave such images out, or look for a division by zero before")
-    if len(lengths) == 2 and lengths[0] != lengths[1]:
-        raise ValueError(f"there are {lengths[0]} inputs, but {lengths[1]} labels: expected one y for each x")
-    return list(parts.values())
-
-
 def _tensors(x: Any) -> Iterator[Tensor]:
     if isinstance(x, Tensor):
         yield x
@@ -85,29 +62,30 @@ def _tensors(x: Any) -> Iterator[Tensor]:
         yield from _tensors(part)
 
 
-def check_classes(labels: Tensor, classes: int) -> None:
-    """Raise ValueError unless every label is one of so many classes, or -100."""
-    foreign = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
-    if len(foreign):
-        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {classes - 1}, or {IGNORED} to ignore it")
-
-
-def check_labels(logits: Tensor, y: Any) -> None:
-    """Raise TypeError or ValueError unless ``y`` ``(B, …)`` are classes for logits ``(B, K, …)``, not all of them -100.
-
-    Probabilities of the shape of the logits will do, too.
-    """
-    if not isinstance(y, Tensor) or (y.is_floating_point() and y.shape != logits.shape):
-        kind = f"has the type {y.dtype}" if isinstance(y, Tensor) else f"is a {type(y).__name__}"
+def check_labels(logits: Tensor, labels: Any) -> None:
+    """Raise TypeError or ValueError unless labels ``(…)`` are classes for logits ``(…, K)``, or -100."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        kind = f"has the type {labels.dtype}" if isinstance(labels, Tensor) else f"is a {type(labels).__name__}"
         raise TypeError(f"y, the labels, {kind}: expected a tensor of classes, such as y.long()")
-    if y.is_floating_point():
-        return
-    if logits.dim() < 2 or y.shape != (*logits.shape[:1], *logits.shape[2:]):
-        shapes = f"{tuple(y.shape)} beside logits of shape {tuple(logits.shape)}"
+    if not labels.dim() or labels.shape != logits.shape[:-1]:
+        shapes = f"{tuple(labels.shape)} beside logits of shape {tuple(logits.shape)}"
         raise ValueError(f"y, the labels, have shape {shapes}: expected one label for each image or token")
-    check_classes(y, logits.shape[1])
-    if not (y != IGNORED).any():
-        raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
+    labels = labels.long()  # in eight bits -100 is 156
+    foreign = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+    if len(foreign):
+        raise ValueError(f"there is a label {foreign[0]}: expected 0 to {logits.shape[-1] - 1}, or -100 to ignore it")
+
+
+def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is wrong, the cross-entropy (nats) and which labels count, each ``(…)``, of logits ``(…, K)``.
+
+    A label of -100 is neither wrong nor a loss. Raises what `check_labels` does.
+    """
+    check_labels(logits, labels)
+    labels = labels.long()
+    kept = labels != IGNORED
+    losses = logits.logsumexp(-1) - logits.gather(-1, torch.where(kept, labels, 0)[..., None])[..., 0]
+    return (logits.argmax(-1) != labels) & kept, torch.where(kept, losses, 0), kept
 
 
 @contextmanager
@@ -123,7 +101,7 @@ def named_failure(x: Any) -> Iterator[None]:
         raise ValueError(f"the network cannot take x, inputs of shape {shapes or '()'}: {reason}") from error
 
 
-def inputs_and_labels(chain: nn.Module, batch: Any) -> tuple[Any, Any]:
+def inputs_and_labels(chain: nn.Module, batch: Any, *, labels: bool = True) -> tuple[Any, Any]:
     """Return inputs and labels of a batch, on the chain's device.
 
     Args:
@@ -131,36 +109,48 @@ def inputs_and_labels(chain: nn.Module, batch: Any) -> tuple[Any, Any]:
             modelling, the labels in a dict are the tokens themselves and are shifted by one, as the model's own loss
             does.
         batch: a pair of inputs and labels, or a dict of inputs with ``labels`` or ``label``.
+        labels: whether there must be labels; without, None stands for them, and inputs may come alone.
 
     Raises:
         TypeError, ValueError: a dict has no labels, or something else is no pair; or inputs are no tensors, none, not
             as many as the labels, or hold NaN.
     """
-    if not isinstance(batch, Mapping):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-            raise ValueError(f"a batch is a {kind}: expected a pair of inputs and labels, or a dict with 'labels'")
-        x, y = _received(chain, x=batch[0], y=batch[1])
-        return x, y
-    name = next((name for name in LABELS if name in batch), None)
-    if name is None:
-        raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
-    x, y = _received(chain, x=_inputs_alone(batch), y=batch[name])
-    if getattr(getattr(chain, "stem", None), "shift_labels", False) and y.dim() == 2:
+    several, x, y = isinstance(batch, (tuple, list)), batch, None
+    if isinstance(batch, Mapping):
+        x = {key: value for key, value in batch.items() if key not in LABELS}
+        y = next((batch[name] for name in LABELS if name in batch), None)
+        if labels and y is None:
+            raise ValueError(f"the batch has {', '.join(map(str, batch))}, but no labels: put them under 'labels'")
+    elif labels and not (several and len(batch) == 2):
+        kind = type(batch).__name__ + (f" of {len(batch)}" if several else "")
+        raise ValueError(f"a batch is a {kind}: expected a pair of inputs and labels, or a dict with 'labels'")
+    elif several and batch:
+        x, y = batch[0], batch[-1]
+    if not isinstance(chain, nn.Module):
+        raise TypeError(f"chain is a {type(chain).__name__}: expected a network, an nn.Module")
+    if device_of(chain).type == "meta":
+        raise ValueError("the network's weights are on the device meta, where they have no values: load them first")
+    parts = {"x": x, "y": y if labels else None}
+    for name, part in parts.items():
+        try:
+            parts[name] = move(part, chain)
+        except (TypeError, NotImplementedError) as error:
+            raise TypeError(f"{name} cannot be brought to the network: {error}") from error
+    x, y = parts.values()
+    tensors, lengths = [*_tensors(x)], [len(part) for part in (x, y) if isinstance(part, Tensor) and part.dim()]
+    if not tensors and (isinstance(x, (Split, Dataset)) or not hasattr(x, "to")):
+        kind = type(x).__name__
+        raise TypeError(f"x, the inputs, is a {kind} without a tensor: expected a batch, such as images (B, C, H, W)")
+    if 0 in lengths:
+        raise ValueError("a batch holds no images: leave it out")
+    if any(tensor.isnan().any() for tensor in tensors if tensor.is_floating_point()):
+        raise ValueError("x, the inputs, hold NaN: leave such images out, or look for a division by zero before")
+    if len(set(lengths)) > 1:
+        raise ValueError(f"there are {lengths[0]} inputs, but {lengths[1]} labels: expected one y for each x")
+    shift = isinstance(batch, Mapping) and getattr(getattr(chain, "stem", None), "shift_labels", False)
+    if shift and isinstance(y, Tensor) and y.dim() == 2:
         y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)
     return x, y
-
-
-def inputs_of(chain: nn.Module, batch: Any) -> Any:
-    """Return the inputs alone, on the chain's device, of a batch that needs no labels; a tensor is taken for inputs."""
-    (x,) = _received(chain, x=_inputs_alone(batch))
-    return x
-
-
-def _inputs_alone(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key not in LABELS}
-    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
 def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> Iterator[tuple[Any, Any]]:
@@ -170,7 +160,7 @@ def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> 
         chain: the network.
         data: a split, which is cut into batches of 500; a loader or a list of batches; or one batch, that is a pair
             (tuple or list) or a dict.
-        labels: whether batches must have labels; without, None stands for them, and inputs may come alone.
+        labels: as in `inputs_and_labels`.
 
     Raises:
         TypeError: ``data`` is no source of batches, such as a `~unravelling.data.Dataset`.
@@ -188,9 +178,8 @@ def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> 
         raise TypeError(f"a {type(data).__name__} holds no batches: pass {instead}")
     empty = True
     for batch in data:
-        x, y = inputs_and_labels(chain, batch) if labels else (inputs_of(chain, batch), None)
+        yield inputs_and_labels(chain, batch, labels=labels)
         empty = False
-        yield x, y
     if empty:
         raise ValueError("there are no batches: an iterator can be used only once, so pass a list or a loader")
 

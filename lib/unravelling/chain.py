@@ -24,13 +24,6 @@ def check_number(least: int | None = 0, /, **number: Any) -> int:
     return value
 
 
-def check_positive(**numbers: Any) -> None:
-    """Raise TypeError or ValueError, with its name, for what is neither None nor a whole number of 1 or more."""
-    for name, number in numbers.items():
-        if number is not None:
-            check_number(1, **{name: number})
-
-
 def _check_kind(kind: type, **values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, kind):
@@ -89,9 +82,8 @@ class NoSkip(nn.Module):
 
     def error(self) -> ValueError:
         """Return the error that says why the unit cannot be deleted."""
-        name = self.name or "without a name"
         reason = "has no skip and changes the shape of its state: nothing is left in its place when it is deleted"
-        return ValueError(f"the unit {name} {reason}. Leave it in, or give it a skip")
+        return ValueError(f"the unit {self.name or 'without a name'} {reason}. Leave it in, or give it a skip")
 
     def forward(self, y: Tensor) -> Tensor:
         """Raise ValueError."""
@@ -127,15 +119,8 @@ class Unit(nn.Module):
     """
 
     def __init__(
-        self,
-        branch: nn.Module | None,
-        skip: nn.Module | None = None,
-        post: nn.Module | None = None,
-        *,
-        residual: bool = True,
-        name: str = "",
-        stage: int = 1,
-        transition: bool | None = None,
+        self, branch: nn.Module | None, skip: nn.Module | None = None, post: nn.Module | None = None, *,
+        residual: bool = True, name: str = "", stage: int = 1, transition: bool | None = None,
     ) -> None:
         super().__init__()
         parts = {"branch": branch, "skip": skip, "post": post}
@@ -147,6 +132,7 @@ class Unit(nn.Module):
         self.name = name
         self.stage = stage
         self.is_transition = _changes_shape(self.skip) if transition is None else transition
+        self.is_changed = False  # made from another unit, by deleting its branch or putting another in its place
 
     @property
     def has_identity_skip(self) -> bool:
@@ -175,11 +161,11 @@ class Unit(nn.Module):
 
     def scaled(self, factor: float) -> Unit:
         """Return a unit that shares this one's parts and multiplies the branch by ``factor``."""
-        if self.branch is None:
-            return self
-        branch = nn.Sequential(self.branch, Scale(factor))
-        branch.training = self.training  # .train() would also set the mode of the shared modules
-        return self._with(branch)
+        return self.then(Scale(factor))
+
+    def then(self, change: nn.Module) -> Unit:
+        """Return a unit that shares this one's parts and puts ``change`` of the branch in the branch's place."""
+        return self if self.branch is None else self._with(nn.Sequential(self.branch, change))
 
     def split(self, c: float) -> Unit:
         """Return a unit that computes the same as the sum of c·y and a branch f(y) + (1 - c)·y, and shares its parts.
@@ -188,14 +174,14 @@ class Unit(nn.Module):
         """
         if self.branch is None or not self.residual or not self.has_identity_skip:
             return self
-        skip, branch = Scale(c), Remainder(self.branch, 1 - c)
-        skip.training = branch.training = self.training
-        return self._with(branch, skip)
+        return self._with(Remainder(self.branch, 1 - c), Scale(c))
 
     def _with(self, branch: nn.Module | None, skip: nn.Module | None = None) -> Unit:
         options: dict[str, Any] = {"name": self.name, "stage": self.stage, "transition": self.is_transition}
         unit = Unit(branch, skip or self.skip, self.post, residual=self.residual or branch is None, **options)
-        unit.training = self.training
+        unit.is_changed = True
+        for part in filter(None, (unit, branch, skip)):  # .train() would also set the mode of shared modules
+            part.training = self.training
         return unit
 
     def forward(self, y: Tensor) -> Tensor:
@@ -246,6 +232,12 @@ class Chain(nn.Module):
         for unit in self.units:
             y = unit(y)
         return self.head(y)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "generate":
+            loop = "tokens = torch.cat([tokens, chain(tokens)[:, -1:].argmax(-1)], 1)"
+            raise AttributeError(f"a chain keeps no state between calls, so write generate as a loop, such as {loop}")
+        return super().__getattr__(name)
 
     def trace(self, x: Tensor) -> list[Tensor]:
         """Return the states y_0 … y_n, n + 1 tensors, for images ``x`` of shape ``(B, C, H, W)``."""
@@ -302,15 +294,15 @@ class Chain(nn.Module):
     def with_units(self, units: Iterable[Unit]) -> Chain:
         """Return a chain of other units between the same stem and head."""
         chain = Chain(self.stem, units, self.head, self.config)
-        chain.training = self.training  # .train() would also set the mode of the shared modules
+        chain.training = self.training  # .train() would also set the mode of shared modules
         return chain
 
     def check_indices(self, indices: Sequence[int]) -> list[int]:
         """Return ``indices`` as a list, or raise IndexError for a missing and ValueError for a repeated unit."""
         checked: list[int] = []
         for i in indices if isinstance(indices, Iterable) else [indices]:
-            whole = isinstance(i, (Real, Tensor)) and not isinstance(i, bool) and i % 1 == 0  # 2.0 will do
-            if not whole or not 0 <= i < len(self):
+            single = isinstance(i, (Real, Tensor)) and not isinstance(i, bool) and not getattr(i, "ndim", 0)
+            if not single or i % 1 != 0 or not 0 <= i < len(self):  # 2.0 will do
                 raise IndexError(f"unit {i} does not exist: this chain has units 0 to {len(self) - 1}")
             if int(i) in checked:
                 raise ValueError(f"unit {i} is named more than once: name each unit once")

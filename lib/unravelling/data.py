@@ -182,10 +182,9 @@ def _splits(pool: Pair, sizes: dict[str, int], test: Pair | None = None) -> tupl
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ values
     moments = mean.float(), (share @ values**2 - mean**2).sqrt().float()
-    splits = {split: Split(images[i], labels[i], *moments) for split, i in chosen.items()}
-    if test is not None:
-        splits["test"] = Split(*test, *moments)
-    return splits["train"], splits["validation"], splits["test"]
+    pairs = {split: (images[i], labels[i]) for split, i in chosen.items()} | ({} if test is None else {"test": test})
+    train, validation, tested = (Split(*pairs[split], *moments) for split in ("train", "validation", "test"))
+    return train, validation, tested
 
 
 def digits() -> Dataset:
@@ -201,10 +200,7 @@ def digits() -> Dataset:
 
 
 def cifar10(
-    root: str | Path | None = None,
-    *,
-    download: bool = False,
-    cache: str | Path | None = None,
+    root: str | Path | None = None, *, download: bool = False, cache: str | Path | None = None,
     per_class: tuple[int, int] = (5000, 1000),
 ) -> Dataset:
     """Return CIFAR-10, 3×32×32 pixels: 45,000 images to train, 5,000 to validate and 10,000 to test.
@@ -241,8 +237,8 @@ def cifar10(
     for split, (_, labels), expected in zip(SPLITS, (pool, test), per_class, strict=True):
         for name, count in zip(CIFAR10_CLASSES, labels.bincount(minlength=10).tolist(), strict=True):
             if count != expected:
-                message = f"{root}: {count} images in {split}/{name}, expected {expected}: is the copy complete?"
-                raise ValueError(message)
+                found = f"{count} images in {split}/{name}, expected {expected}"
+                raise ValueError(f"{root}: {found}: is the copy complete?")
     splits = _splits(pool, {"validation": max(1, per_class[0] // 10)}, test)
     return Dataset("cifar10", *splits, CIFAR10_CLASSES, f"CIFAR-10{copy}")
 
@@ -253,9 +249,8 @@ def _torchvision_files(root: Path, train: bool, download: bool) -> Pair:
     try:
         raw = CIFAR10(root, train=train, download=download)  # checks MD5 sums before it unpickles
     except (RuntimeError, OSError) as error:
-        remedy = "delete it and call cifar10(root, download=True)"
-        message = f"{root / 'cifar-10-batches-py'} is incomplete or corrupt, or out of reach ({error}): {remedy}"
-        raise ValueError(message) from error
+        what = f"{root / 'cifar-10-batches-py'} is incomplete or corrupt, or out of reach ({error})"
+        raise ValueError(f"{what}: delete it and call cifar10(root, download=True)") from error
     return torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(raw.targets)
 
 
@@ -452,8 +447,6 @@ def checksum(content: Any) -> str:
 
 def load_dataset(name: str, root: str | Path | None = None) -> Dataset:
     """Return `digits` or `cifar10` by name; ``root`` says where CIFAR-10 is."""
-    if name == "digits":
-        return digits()
-    if name == "cifar10":
-        return cifar10(root)
-    raise ValueError(f"unknown dataset {name!r:.80}: expected digits or cifar10")
+    if name not in ("digits", "cifar10"):
+        raise ValueError(f"unknown dataset {name!r:.80}: expected digits or cifar10")
+    return digits() if name == "digits" else cifar10(root)

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.special import log_softmax, logsumexp
 
 from .batches import Batches
-from .chain import Chain, check_chain, check_number, check_positive, listed
+from .chain import Chain, check_chain, check_number, listed
 from .data import Split
 from .lesion import score, summarize, variant_logits
 
@@ -60,14 +60,12 @@ def remove_members(
     Raises:
         ValueError: nothing would be left, or there are no trials.
     """
-    check_positive(trials=trials)
+    check_number(1, trials=1 if trials is None else trials)
     logits = _members(logits)
-    if np.shape(labels)[:1] != logits.shape[1:2]:
-        raise ValueError(
-            f"labels has shape {tuple(np.shape(labels))}: expected one for each of {logits.shape[1]} images"
-        )
-    members, labels = len(logits), np.asarray(labels)
-    random = np.random.default_rng(check_number(seed=seed))
+    labels = np.asarray(labels)
+    if labels.shape[:1] != logits.shape[1:2]:
+        raise ValueError(f"labels has shape {labels.shape}: expected one for each of {logits.shape[1]} images")
+    members, random = len(logits), np.random.default_rng(check_number(seed=seed))
     rows, averages = [], [average(logits)]
     for number in listed(removed=removed):
         left = members - check_number(None, removed=number)
@@ -78,10 +76,8 @@ def remove_members(
         else:
             choices = [sorted(random.choice(members, left, replace=False).tolist()) for _ in range(trials)]
         for trial, kept in enumerate(choices):
-            disagreeing = disagreement(logits[kept]) if left > 1 else np.nan
-            rows.append(
-                {"removed": number, "trial": trial, "kept": " ".join(map(str, kept)), "disagreement": disagreeing}
-            )
+            row = {"removed": number, "trial": trial, "kept": " ".join(map(str, kept))}
+            rows.append(row | {"disagreement": disagreement(logits[kept]) if left > 1 else np.nan})
             averages.append(average(logits[kept]))
     return pd.DataFrame(rows).join(summarize(*score(np.stack(averages), labels)))
 
@@ -116,10 +112,7 @@ def disagreement(logits: np.ndarray) -> float:
     """Return the share of images on which two different members disagree, averaged over all pairs of members.
 
     Args:
-        logits: of the members, ``(members, images, K)``.
-
-    Raises:
-        ValueError: fewer than two members.
+        logits: of the members, ``(members, images, K)``; a ValueError for fewer than two.
     """
     logits = _members(logits, 2)
     members, classes = len(logits), logits.shape[-1]

@@ -49,7 +49,7 @@ from .tracing.trace import (
     trace_by_export,
     trace_symbolically,
 )
-from .verify import gradients, refuse_at_other_sizes, refuse_unequal, verify
+from .verify import refuse_at_other_sizes, refuse_unequal, verify
 
 Function = Callable[[Any, Tensor], Tensor]
 """What a part of a block computes from the block and the state."""
@@ -256,10 +256,6 @@ def _first_right_chain(
 ) -> tuple[Unravelled, list[str]]:
     """Try the ways of tracing until one gives a chain that computes what the model does; return it, and remarks."""
     logits, remarks = (None, []) if x is None else _outputs(model, x)
-    try:
-        expected = {} if x is None else gradients(model, model, x)
-    except RuntimeError:  # a model for inference alone has no gradients to compare
-        expected = {}
     failures: list[str] = []
     refusal: Unsupported | None = None
     ways = ["torch.fx"] if x is None else ["torch.fx", "torch.export"]
@@ -279,7 +275,7 @@ def _first_right_chain(
             chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
             chain.notes = [*chain.notes, *notes]
             if logits is not None:
-                refuse_unequal(chain, chain._origin, x, logits, expected)
+                refuse_unequal(chain, chain._origin, x, logits)
                 refuse_at_other_sizes(chain, chain._origin, x)
             return chain, remarks + found
         except NotABlock as error:

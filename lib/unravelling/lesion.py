@@ -8,22 +8,22 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import combinations, groupby, product
 from operator import itemgetter
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import IGNORED, Batches, check_classes, device_of, eval_mode, iterate
-from .chain import Chain, Unit, check_chain, check_positive
+from .batches import NOTHING, Batches, device_of, eval_mode, iterate, scores
+from .chain import Chain, Unit, check_chain, check_number, listed
 from .data import Split
 from .stats import paired_bootstrap, wilson
 
 Loss = Callable[[Tensor, Any], Tensor]
 Function = Callable[[Tensor], Tensor]
+Variants = Sequence[Sequence[int | Unit]]
 
 # Together, small states save launches; large ones leave the caches. For ResNet-110 on a CPU most of the gain is gone
 # between states of half a megabyte (128 digits, 8 images of CIFAR-10) and of two (500 and 32): room for the former.
@@ -31,15 +31,20 @@ MAX_MEMORY = 2**26
 KINDS = ("mean", "resample", "noise", "added noise")
 
 
-def _parts(chain: Chain, variants: Sequence[Sequence[int]], others: Mapping[int, Function]) -> dict[int, Function]:
-    """Return what computes each number of the variants."""
-    if not len(variants):
+def _parts(chain: Chain, variants: Variants) -> tuple[list[Unit], list[list[int]]]:
+    """Return the different units of the variants, and every variant as their numbers in this list."""
+    check_chain(chain)
+    if not variants:
         raise ValueError("there are no variants: name at least one sequence of units, such as range(len(chain))")
-    parts: dict[int, Function] = {**dict(enumerate(check_chain(chain).units)), **others}
-    for i in {i for variant in variants for i in variant}.difference(parts):
-        (unit,) = chain.check_indices([~i if i < 0 else i])
-        parts[i] = chain.units[unit].deleted()
-    return parts
+    parts, numbers = [], {}
+    for number, entry in enumerate(dict.fromkeys(entry for variant in variants for entry in variant)):
+        numbers[entry] = number
+        if isinstance(entry, Unit):
+            parts.append(entry)
+        else:
+            (i,) = chain.check_indices([~entry if entry < 0 else entry])
+            parts.append(chain.units[i].deleted() if entry < 0 else chain.units[i])
+    return parts, [[numbers[entry] for entry in variant] for variant in variants]
 
 
 def _can_stack(chain: Chain, images: int, y: Any) -> bool:
@@ -51,7 +56,7 @@ def _can_stack(chain: Chain, images: int, y: Any) -> bool:
 
 
 def _run(
-    chain: Chain, x: Any, images: int, variants: Sequence[Sequence[int]], parts: Mapping[int, Function], max_memory: int
+    chain: Chain, x: Any, images: int, variants: Sequence[Sequence[int]], parts: Sequence[Unit], max_memory: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the number and the logits of every variant for one batch, computing each distinct prefix of units once.
 
@@ -91,25 +96,23 @@ def _run(
 
 
 def _results(
-    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], result: Callable[[Tensor, Any], Any], *,
-    others: Mapping[int, Function] = MappingProxyType({}), max_memory: int = MAX_MEMORY,
-    dtype: torch.dtype | None = None,
+    chain: Chain, data: Split | Batches, variants: Variants, result: Callable[[Tensor, Any], Any], *,
+    max_memory: int = MAX_MEMORY, dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
-    variants = [tuple(variant) for variant in variants]
-    parts = _parts(chain, variants, others)
+    parts, numbered = _parts(chain, [tuple(variant) for variant in variants])
     for x, y in iterate(chain, data):
         images = len(y) if isinstance(y, Tensor) and y.dim() else 0
-        found: list[Any] = [None] * len(variants)
+        found: list[Any] = [None] * len(numbered)
         cast = nullcontext() if dtype is None else torch.autocast(device_of(chain).type, dtype)
         with eval_mode(chain), torch.inference_mode(), cast:  # around the model alone: the iterator is the caller's
-            for v, out in _run(chain, x, images, variants, parts, max_memory):
+            for v, out in _run(chain, x, images, numbered, parts, check_number(max_memory=max_memory)):
                 found[v] = result(out, y)
         yield found, y
 
 
 def variant_logits(
-    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], **options: Any
+    chain: Chain, data: Split | Batches, variants: Variants, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return logits ``(variants, images, K)``, float32, and labels ``(images,)``; arguments as in `evaluate_variants`.
 
@@ -121,7 +124,7 @@ def variant_logits(
 
 
 def evaluate_variants(
-    chain: Chain, data: Split | Batches, variants: Sequence[Sequence[int]], loss: Loss | None = None, **options: Any
+    chain: Chain, data: Split | Batches, variants: Variants, loss: Loss | None = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return errors and losses of many rearrangements of one chain, computing what they have in common only once.
 
@@ -133,7 +136,7 @@ def evaluate_variants(
     Args:
         chain: the network; its modes and parameters stay as they are.
         data: a split, or `~unravelling.batches.Batches`.
-        variants: each a sequence of units, where i is unit i and ``~i`` (that is -i - 1) is unit i deleted.
+        variants: each a sequence of units, by number i, deleted as ``~i`` (that is -i - 1), or a unit of your own.
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
         options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time,
             which may take a state a unit and three more, is always computed, and where a unit enlarges its state, what
@@ -145,7 +148,7 @@ def evaluate_variants(
         over rows is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
 
     Raises:
-        ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
+        TypeError, ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
         IndexError: a unit does not exist.
     """
     batches = [
@@ -161,18 +164,18 @@ def evaluate_variants(
 def _share(counts: np.ndarray) -> float:
     """Return images over labels: the factor by which the mean of sums over an image's labels is that over labels."""
     if not counts.any():
-        raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
+        raise ValueError(NOTHING)
     return len(counts) / counts.sum()
 
 
 def _score_batch(out: Tensor, y: Any, loss: Loss | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for each image of a batch, how many labels are missed, its loss, and how many labels it has."""
     logits = out.cpu().double()  # in this order, since a device may lack the type
-    labels = y.cpu().long() if isinstance(y, Tensor) and not y.is_floating_point() else None
+    labels = y.cpu() if isinstance(y, Tensor) and not y.is_floating_point() else None
     if labels is not None and labels.dim() > 2 and logits.shape[:-1] != labels.shape:
         logits = logits.movedim(1, -1)  # segmentation: (B, K, H, W) for labels (B, H, W)
     if labels is not None and (loss is None or logits.shape[:-1] == labels.shape):
-        wrong, values, kept = (part.reshape(len(labels), -1).sum(1) for part in _scores(logits, labels))
+        wrong, values, kept = (part.reshape(len(labels), -1).sum(1) for part in scores(logits, labels))
     elif loss is None:
         kind = y.type() if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"the labels are a {kind}: pass a loss that knows what to do with them")
@@ -191,27 +194,15 @@ def _labels_of(y: Any, i: int) -> Any:
     return y[i : i + 1] if isinstance(y, Tensor) else y
 
 
-def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what is wrong, the cross-entropy, and which labels count; what does not is neither wrong nor a loss."""
-    if logits.shape[logits.dim() - labels.dim() - 1 : -1] != labels.shape:
-        shapes = f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}"
-        raise ValueError(f"there are {shapes}: expected a label for each row of logits over the classes")
-    check_classes(labels, logits.shape[-1])
-    kept = labels != IGNORED
-    chosen = torch.where(kept, labels, 0).expand(logits.shape[:-1])
-    values = logits.logsumexp(-1) - logits.gather(-1, chosen[..., None])[..., 0]
-    return (logits.argmax(-1) != labels) & kept, torch.where(kept, values, 0), kept
-
-
 def score(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return ``wrong`` (bool) and cross-entropy ``loss`` (nats), both ``(…, images)``, of logits ``(…, images, K)``.
 
     Labels ``(images,)`` may also be those of tokens, ``(images, T)``, for logits ``(…, images, T, K)``. A token with
     the label -100 is not wrong and has the loss NaN. Raises ValueError for a label that is no class.
     """
-    arrays = (np.ascontiguousarray(logits, float), np.ascontiguousarray(labels, np.int64))
-    wrong, values, kept = _scores(*map(torch.tensor, arrays))
-    return wrong.numpy(), torch.where(kept, values, torch.nan).numpy()
+    x, y = torch.tensor(np.ascontiguousarray(logits, float)), torch.tensor(np.ascontiguousarray(labels, np.int64))
+    wrong, losses, kept = scores(x, y.expand(*x.shape[: x.dim() - 1 - y.dim()], *y.shape))
+    return wrong.numpy(), torch.where(kept, losses, torch.nan).numpy()
 
 
 def _units(chain: Chain) -> pd.DataFrame:
@@ -220,13 +211,13 @@ def _units(chain: Chain) -> pd.DataFrame:
     return table.rename_axis("unit").reset_index()
 
 
-def _with_one(chain: Chain, unit: int, number: int) -> tuple[int, ...]:
-    """Return the variant in which another number stands at a unit's place."""
-    return (*range(unit), number, *range(unit + 1, len(chain)))
+def _with_one(chain: Chain, i: int, other: int | Unit) -> list[int | Unit]:
+    """Return the variant in which another stands at the place of unit i."""
+    return [*range(i), other, *range(i + 1, len(chain))]
 
 
 def _measure(
-    chain: Chain, data: Split | Batches, rows: Iterable[Any], variants: Iterable[Sequence[int]], **options: Any
+    chain: Chain, data: Split | Batches, rows: Iterable[Any], variants: Variants, **options: Any
 ) -> pd.DataFrame:
     """Return a row for each variant, compared with the intact network: what is known of it, then how it does."""
     every = [range(len(chain)), *variants]
@@ -256,16 +247,15 @@ def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataF
 
 
 def _draws(
-    numbers: Iterable[Any] | Any, trials: int, seed: int, most: int, refusal: str
+    name: str, numbers: Any, trials: int, seed: int, most: int, refusal: str, optional: bool = False
 ) -> Iterator[tuple[Any, int, np.random.Generator]]:
     """Yield each number with the number of each trial and the random generator of all; refuse what is out of range."""
-    check_positive(trials=trials)
-    numbers = list(numbers) if isinstance(numbers, Iterable) else [numbers]
+    numbers = listed(**{name: numbers}) if isinstance(numbers, Iterable) else [numbers]
     for number in numbers:
-        if number is not None and not 0 <= number <= most:
+        if not (optional and number is None) and not 0 <= check_number(None, **{name: number}) <= most:
             raise ValueError(refusal.format(number, most))
-    random = np.random.default_rng(seed)
-    yield from ((number, trial, random) for number, trial in product(numbers, range(trials)))
+    random = np.random.default_rng(check_number(seed=seed))
+    yield from ((number, trial, random) for number, trial in product(numbers, range(check_number(1, trials=trials))))
 
 
 def delete_random(
@@ -285,15 +275,15 @@ def delete_random(
         One row a choice, with ``k``, ``trial``, ``units`` (numbers, between spaces), then the columns of `summarize`.
 
     Raises:
-        ValueError: k is larger than the number of candidates, or negative; there are no trials; or a candidate cannot
-            be deleted.
+        TypeError, ValueError: k is no whole number, negative, or larger than the number of candidates; there are no
+            trials; or a candidate cannot be deleted.
         IndexError: a candidate does not exist.
     """
     free = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
     rows, variants = [], []
     refusal = "cannot delete {} units: there are {} to choose from"
-    for number, trial, random in _draws(k, trials, seed, len(pool), refusal):
+    for number, trial, random in _draws("k", k, trials, seed, len(pool), refusal):
         gone = sorted(random.choice(pool, number, replace=False).tolist())
         rows.append({"k": number, "trial": trial, "units": " ".join(map(str, gone))})
         variants.append([~i if i in gone else i for i in range(len(chain))])
@@ -319,7 +309,7 @@ def reorder(
         pairs of movable units of one stage, then the columns of `summarize`.
 
     Raises:
-        ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
+        TypeError, ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
     """
     stages: dict[int, list[int]] = {}
     for i, unit in enumerate(check_chain(chain).units):
@@ -330,7 +320,7 @@ def reorder(
         raise ValueError(f"no two of the {len(chain)} units can change places: no stage has two that keep the shape")
     rows, variants = [], []
     refusal = "cannot swap {} different pairs: there are {} of equal shape"
-    for number, trial, random in _draws(swaps, trials, seed, len(pairs), refusal):
+    for number, trial, random in _draws("swaps", swaps, trials, seed, len(pairs), refusal, True):
         order = np.arange(len(chain))
         if number is None:
             for members in stages.values():
@@ -376,33 +366,31 @@ def replace_branches(
     kinds = [kind] if isinstance(kind, str) else list(kind)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kind={kind!r} names no way to replace a branch: choose from {', '.join(KINDS)}")
-    n = len(check_chain(chain))
-    means = _branch_means(chain, data) if "mean" in kinds else {}
-    rows, variants, others = [], [], {}
-    for j, i in product(range(len(kinds)), range(n)):
-        if not chain.units[i].is_deleted:
-            number = n + j * n + i
-            others[number] = partial(_call, chain.units[i], change=_substitute(kinds[j], means.get(i), [seed, i]))
-            rows.append({"kind": kinds[j], "unit": i})
-            variants.append(_with_one(chain, i, number))
-    table = _measure(chain, data, rows, variants, others=others, **options)
+    check_number(seed=seed)
+    means = _branch_means(check_chain(chain), data) if "mean" in kinds else {}
+    rows, variants = [], []
+    for name, (i, unit) in product(kinds, enumerate(check_chain(chain).units)):
+        if not unit.is_deleted:
+            rows.append({"kind": name, "unit": i})
+            variants.append(_with_one(chain, i, unit.then(_Change(_substitute(name, means.get(i), [seed, i])))))
+    table = _measure(chain, data, rows, variants, **options)
     return pd.DataFrame({"kind": kinds}).merge(_units(chain), how="cross").merge(table, how="left")
 
 
-def _call(unit: Unit, y: Tensor, change: Function) -> Tensor:
-    """Return a unit's output after a change to that of its branch."""
-    if unit.branch is None:
-        return unit(y)
-    f = change(unit.branch(y))
-    return unit.post(unit.skip(y) + f if unit.residual else f)
+class _Change(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, f: Tensor) -> Tensor:
+        return self.function(f)
 
 
-def _call_all(chain: Chain, x: Any, change: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Return a chain's logits after changes to the outputs of all branches, given the number of the unit."""
-    y = chain.stem(x)
-    for i, unit in enumerate(chain.units):
-        y = _call(unit, y, partial(change, i))
-    return chain.head(y)
+def _changed(chain: Chain, change: Callable[[int, Tensor], Tensor]) -> Chain:
+    """Return a chain that changes the outputs of all branches, given the number of the unit."""
+    return chain.with_units(unit.then(_Change(partial(change, i))) for i, unit in enumerate(chain.units))
 
 
 def _branch_means(chain: Chain, data: Split | Batches) -> dict[int, Tensor]:
@@ -416,9 +404,10 @@ def _branch_means(chain: Chain, data: Split | Batches) -> dict[int, Tensor]:
         sums[i] = total + f.sum(0), count + len(f)
         return f
 
+    watched = _changed(chain, add)
     for x, _ in iterate(chain, data, labels=False):
         with eval_mode(chain), torch.inference_mode():
-            _call_all(chain, x, add)
+            watched(x)
     return {i: total / count for i, (total, count) in sums.items()}
 
 
@@ -466,7 +455,7 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
             return torch.einsum("b...,b->b...", f, factors[i])
 
         with eval_mode(chain), torch.enable_grad():
-            _, losses, kept = _score_batch(_call_all(chain, x, scale), y, loss)
+            _, losses, kept = _score_batch(_changed(chain, scale)(x), y, loss)
             slopes.append(torch.stack(torch.autograd.grad(losses.sum(), list(factors.values()))).cpu().double())
             counts.append(kept)
     slope = torch.cat(slopes, 1).numpy() * (_share(torch.cat(counts).numpy()) if loss is None else 1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, Unit, check_number, check_positive
+from .chain import Chain, Unit, check_number
 
 SHAPES = {"digits": (1, 8), "cifar10": (3, 32)}
 """Channels and side length in pixels of the images of each dataset."""
@@ -35,14 +36,8 @@ def conv(c_in: int, c_out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
 
 
 def resnet(
-    depth: int,
-    *,
-    in_channels: int = 3,
-    classes: int = 10,
-    width: int = 16,
-    preactivation: bool = True,
-    shortcut: str = "pad",
-    seed: int = 0,
+    depth: int, *, in_channels: int = 3, classes: int = 10, width: int = 16, preactivation: bool = True,
+    shortcut: str = "pad", seed: int = 0,
 ) -> Chain:
     """Return the CIFAR ResNet of He et al. (2015, section 4.2), or its pre-activation form (He et al., 2016).
 
@@ -50,16 +45,13 @@ def resnet(
     stage halve the image. ``resnet(110)`` has the 54 units that Veit et al. (2016) take apart.
 
     Args:
-        depth: number of weighted layers, 6n + 2.
+        depth: number of weighted layers; a ValueError where it is not 6n + 2.
         in_channels: channels of the images ``(B, in_channels, H, W)``.
         classes: number of classes K of the logits ``(B, K)``.
         width: channels of the first stage.
         preactivation: True for BN-ReLU-conv twice, False for the 2015 form with a ReLU after the sum.
-        shortcut: ``"pad"`` without parameters, or ``"projection"``, a 1×1 convolution, at the transitions.
+        shortcut: at the transitions ``"pad"``, without parameters, or ``"projection"`` (1×1), or else a ValueError.
         seed: of the initial weights; the global generator is left alone.
-
-    Raises:
-        ValueError: the depth is not 6n + 2, or the shortcut is unknown.
     """
     if check_number(None, depth=depth) < 8 or (depth - 2) % 6:
         near = max(8, round((depth - 2) / 6) * 6 + 2)
@@ -68,21 +60,18 @@ def resnet(
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
     with _seeded(seed, in_channels=in_channels, classes=classes, width=width):
         units, channels = [], width
-        for stage in (1, 2, 3):
-            for block in range((depth - 2) // 6):
-                c_out = width * 2 ** (stage - 1)
-                stride = 2 if stage > 1 and block == 0 else 1
-                skip: nn.Module | None = None
-                if stride > 1 and shortcut == "pad":
-                    skip = Pad(c_out - channels, stride)
-                elif stride > 1:
-                    skip = conv(channels, c_out, stride, kernel=1)
-                    skip = skip if preactivation else nn.Sequential(skip, nn.BatchNorm2d(c_out))
-                branch = _branch(channels, c_out, stride, preactivation)
-                post = None if preactivation else nn.ReLU()
-                name = f"stage{stage}.block{block}"
-                units.append(Unit(branch, skip, post, name=name, stage=stage, transition=stride > 1))
-                channels = c_out
+        for stage, block in product((1, 2, 3), range((depth - 2) // 6)):
+            c_out, stride = width * 2 ** (stage - 1), 2 if stage > 1 and block == 0 else 1
+            skip: nn.Module | None = None
+            if stride > 1 and shortcut == "pad":
+                skip = Pad(c_out - channels, stride)
+            elif stride > 1:
+                skip = conv(channels, c_out, stride, kernel=1)
+                skip = skip if preactivation else nn.Sequential(skip, nn.BatchNorm2d(c_out))
+            branch, post = _branch(channels, c_out, stride, preactivation), None if preactivation else nn.ReLU()
+            name = f"stage{stage}.block{block}"
+            units.append(Unit(branch, skip, post, name=name, stage=stage, transition=stride > 1))
+            channels = c_out
         stem: nn.Module = conv(in_channels, width)
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
         if preactivation:
@@ -119,14 +108,8 @@ def plain(
 
 
 def vgg(
-    depth: int = 15,
-    *,
-    in_channels: int = 3,
-    classes: int = 10,
-    width: int = 128,
-    image_size: int = 32,
-    batch_norm: bool = True,
-    seed: int = 0,
+    depth: int = 15, *, in_channels: int = 3, classes: int = 10, width: int = 128, image_size: int = 32,
+    batch_norm: bool = True, seed: int = 0,
 ) -> Chain:
     """Return the 15-layer VGG beside the ResNet in Veit et al. (2016): 13 convolutions, a hidden and an output layer.
 
@@ -135,16 +118,11 @@ def vgg(
     deleted unit keeps its pooling, and the first one appends zero channels.
 
     Args:
-        depth: 15.
-        in_channels: channels of the images ``(B, in_channels, image_size, image_size)``.
-        classes: number of classes K of the logits ``(B, K)``.
+        depth: 15; a ValueError says so where it is another.
+        in_channels, classes, seed: as in `resnet`.
         width: channels of every layer; 128 in the paper.
-        image_size: side length of the images in pixels.
+        image_size: side length of the images ``(B, in_channels, image_size, image_size)`` in pixels.
         batch_norm: whether the convolutions are normalised.
-        seed: of the initial weights; the global generator is left alone.
-
-    Raises:
-        ValueError: another depth.
     """
     if depth != 15:
         raise ValueError(f"there is no vgg({depth}) here: use vgg(15), the one that Veit et al. compare with")
@@ -161,9 +139,8 @@ def vgg(
                     branch.append(nn.MaxPool2d(2))
                     skip.append(nn.MaxPool2d(2))
                 shortcut = nn.Sequential(*skip) if skip else None
-                unit = Unit(nn.Sequential(*branch), shortcut, residual=False, stage=stage, transition=bool(skip))
-                unit.name = f"stage{stage}.conv{layer}"
-                units.append(unit)
+                options: dict[str, Any] = {"name": f"stage{stage}.conv{layer}", "stage": stage}
+                units.append(Unit(nn.Sequential(*branch), shortcut, residual=False, transition=bool(skip), **options))
                 channels = width
         norm = [nn.BatchNorm1d(width)] if batch_norm else []
         hidden = nn.Linear(width * size * size, width)
@@ -176,7 +153,8 @@ def vgg(
 @contextmanager
 def _seeded(seed: int, **sizes: int) -> Iterator[None]:
     """Draw from a seeded generator within a ``with`` block, after a look at sizes; leave the global one as it was."""
-    check_positive(**sizes)
+    for name, size in sizes.items():
+        check_number(1, **{name: size})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(check_number(seed=seed))  # torch.manual_seed would seed every GPU as well
         yield

@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import product
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import check_labels, device_of, inputs_and_labels, inputs_of, named_failure
+from .batches import IGNORED, NOTHING, check_labels, device_of, inputs_and_labels, named_failure
 from .chain import Chain, Unit, check_chain, check_number, listed
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -40,9 +40,13 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits is a {type(logits).__name__}: expected a tensor (B, K), or a loss of your own")
-    logits, y = (logits.flatten(0, 1), y.flatten()) if logits.dim() == 3 else (logits, y)
+    if isinstance(y, Tensor) and y.is_floating_point() and y.shape == logits.shape and y.dim() != 3:  # probabilities
+        return F.cross_entropy(logits, y)
+    logits = logits.movedim(1, -1) if logits.dim() > 3 else logits  # segmentation: (B, K, H, W) for labels (B, H, W)
     check_labels(logits, y)
-    return F.cross_entropy(logits, y if y.is_floating_point() else y.long())
+    if (y == IGNORED).all():
+        raise ValueError(NOTHING)
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten().long())
 
 
 @torch.inference_mode(False)  # which also turns gradients on, whatever the caller has set
@@ -66,8 +70,7 @@ def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
                 states.append(unit(states[-1]))
             logits = chain.head(states[-1])
         gradients = grad(_scalar(loss, logits, y), states)
-    norms = [_double(g).norm().item() for g in gradients]
-    return pd.DataFrame({"state": range(len(norms)), "gradient_norm": norms})
+    return pd.DataFrame([{"state": i, "gradient_norm": _double(g).norm().item()} for i, g in enumerate(gradients)])
 
 
 @torch.inference_mode(False)
@@ -79,14 +82,11 @@ def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
     unit, and their sum is the ordinary gradient, exactly.
 
     Args:
-        chain: a network of at most 12 units, in eval mode.
+        chain: a network of at most 12 units, in eval mode; a ValueError for more.
         x, y, loss: as in `gradient_norms`.
 
     Returns:
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
-
-    Raises:
-        ValueError: the chain has more than 12 units.
     """
     if len(check_chain(chain)) > 12:
         raise ValueError(f"{len(chain)} units make 2^{len(chain)} paths: use gradient_by_length for more than 12")
@@ -100,15 +100,8 @@ def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
 
 @torch.inference_mode(False)
 def gradient_by_length(
-    chain: Chain,
-    x: Any,
-    y: Any = None,
-    loss: Loss = cross_entropy,
-    *,
-    at: str = "stem",
-    max_length: int | None = None,
-    dtype: torch.dtype | None = None,
-    batch_statistics: bool = False,
+    chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy, *, at: str = "stem",
+    max_length: int | None = None, dtype: torch.dtype | None = None, batch_statistics: bool = False,
 ) -> Tensor:
     """Return G_0 … G_n, the exact sums of the gradients at y_0 along all paths through k branches.
 
@@ -140,10 +133,9 @@ def gradient_by_length(
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype is {dtype!r}: expected a floating type, such as torch.float64")
         chain = copy.deepcopy(check_chain(chain)).to(dtype)
-    with _as_found(chain, True) if batch_statistics else nullcontext():
-        top, steps = _descent(chain, x, y, loss, batch_statistics)
-        by_length: list[Tensor | None] = [top]
-        whole = top
+    with _as_found(chain, batch_statistics):
+        whole, steps = _descent(chain, x, y, loss, batch_statistics)
+        by_length: list[Tensor | None] = [whole]
         for step in steps:
             by_length = step.longer(by_length)
             if max_length is not None:
@@ -180,13 +172,10 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
     whole = flat.sum(0)
     norm = flat.norm(dim=-1)
     lengths, samples = norm.shape
-    columns = {
-        "sample": np.tile(np.arange(samples), lengths),
-        "length": np.repeat(np.arange(lengths), samples),
-        "norm": norm.numpy().ravel(),
-        "share": ((flat * whole).sum(-1) / (whole**2).sum(-1)).numpy().ravel(),
-    }
-    return pd.DataFrame(columns).drop(columns=[] if per_sample else "sample")
+    table = pd.DataFrame({"sample": np.tile(np.arange(samples), lengths), "length": np.arange(lengths).repeat(samples)})
+    share = (flat * whole).sum(-1) / (whole**2).sum(-1)
+    table["norm"], table["share"] = norm.flatten().numpy(), share.flatten().numpy()
+    return table if per_sample else table.drop(columns="sample")
 
 
 @torch.inference_mode(False)
@@ -214,22 +203,21 @@ def weight_spectrum(
     branches = [unit.branch for unit in check_chain(chain).units if unit.branch is not None]
     weights = [id(weight) for branch in branches for weight in branch.parameters()]
     if not weights or len(set(weights)) < len(weights):
-        reason = (
-            "two branches share weights, which lie on several paths at once" if weights else "no branch has weights"
-        )
+        shared = "two branches share weights, which lie on several paths at once"
+        reason = shared if weights else "no branch has weights"
         raise ValueError(f"{reason}: the gradient at the weights cannot be split by unit")
     rows = []
-    with _as_found(chain, True) if batch_statistics else nullcontext():
+    with _as_found(chain, batch_statistics):
         top, steps = _descent(chain, x, y, loss, batch_statistics)
         by_length: list[Tensor | None] = [top]
-        for unit, step in zip(reversed(range(len(chain))), steps, strict=True):
-            here = () if chain.units[unit].is_deleted else by_length
+        for step in steps:
+            here = () if step.unit.is_deleted else by_length
             parts = {k: _double(step.weights(g)) for k, g in enumerate(here, 1) if g is not None}
             whole = sum(parts.values())
-            for k, part in parts.items():
-                rows.append({"unit": unit, "length": k, "norm": part.norm().item(), "share": (part @ whole).item()})
+            rows += [(step.i, k, part.norm().item(), (part @ whole).item()) for k, part in parts.items()]
             by_length = step.longer(by_length)
-    table = pd.DataFrame(rows).sort_values(["unit", "length"], ignore_index=True)
+    table = pd.DataFrame(rows, columns=["unit", "length", "norm", "share"])
+    table = table.sort_values(["unit", "length"], ignore_index=True)
     table["share"] /= table["share"].sum()
     return table
 
@@ -246,19 +234,16 @@ def canonical_split(chain: Chain, x: Any, samples: int = 16, seed: int = 0) -> p
     Args:
         chain: the network, in eval mode.
         x: as in `gradient_norms`; labels beside it are left alone.
-        samples: probes, at least 2.
+        samples: probes; a ValueError for fewer than 2.
         seed: of the probes.
 
     Returns:
         One row a unit, with ``unit``, ``name``, ``c``, its ``standard_error`` over the probes for these images. Both
         are NaN where there is no such split: in a deleted or plain unit, or one whose skip is not the identity.
-
-    Raises:
-        ValueError: fewer than 2 samples.
     """
     check_number(2, samples=samples)
     random = torch.Generator().manual_seed(check_number(seed=seed))
-    states = _states(chain, inputs_of(check_chain(chain), x))
+    states = _states(chain, inputs_and_labels(check_chain(chain), x, labels=False)[0])
     table = pd.DataFrame({"unit": range(len(chain)), "name": [unit.name for unit in chain.units]})
     table[["c", "standard_error"]] = math.nan
     for i, (unit, y) in enumerate(zip(chain.units, states, strict=False)):
@@ -328,13 +313,12 @@ def sample_path_gradients(
             raise ValueError(f"no path has length {k}: this chain's have lengths {shortest} to {longest}")
     random = np.random.default_rng(check_number(seed=seed))
     top, descent = _descent(chain, x, y, loss)
-    steps = list(zip(reversed(range(len(chain))), descent, strict=True))
-    rows = []
+    steps, rows = list(descent), []
     for k, sample in product(lengths, range(samples)):
         taken = {*always, *random.choice(free, k - shortest, replace=False).tolist()}
         g: Any = top
-        for i, step in steps:
-            g = step.ways[i in taken](g)
+        for step in steps:
+            g = step.ways[step.i in taken](g)
         rows.append({"length": k, "sample": sample, "norm": _double(g).norm().item()})
     return pd.DataFrame(rows)
 
@@ -349,15 +333,12 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
     Args:
         chain: the network, in eval mode; float64 for lengths at which the gradient is tiny.
         x, y, loss: as in `gradient_norms`.
-        repeats: independent draws of all signs, at least 2.
+        repeats: independent draws of all signs; a ValueError for fewer than 2.
         seed: of the signs.
 
     Returns:
         One row a length, with ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how
         many there are; ``rms_norm``, the root mean square of ‖g_path‖.
-
-    Raises:
-        ValueError: fewer than 2 repeats.
     """
     if check_number(1, repeats=repeats) == 1:
         raise ValueError("1 repeats give no standard error: use at least 2")
@@ -375,8 +356,7 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
     free, always = map(len, _choices(chain))
     paths = [math.comb(free, k - always) if k >= always else 0 for k in range(len(chain) + 1)]
     table = pd.DataFrame({"length": range(len(chain) + 1), "sum_of_squares": squares.mean(0)})
-    table["standard_error"] = squares.std(0, ddof=1) / math.sqrt(repeats)
-    table["paths"] = paths
+    table["standard_error"], table["paths"] = squares.std(0, ddof=1) / math.sqrt(repeats), paths
     table["rms_norm"] = [math.sqrt(s / c) if c else 0.0 for s, c in zip(table["sum_of_squares"], paths, strict=True)]
     return table
 
@@ -395,10 +375,7 @@ def length_distribution(n: int) -> pd.DataFrame:
 def surviving(n: int, d: int) -> pd.DataFrame:
     """Return the share of the paths of each length that survive when d of n units are deleted, C(n-d, k) / C(n, k).
 
-    Compare figure 7 of Veit et al. (2016). Columns: ``length``, ``share``.
-
-    Raises:
-        ValueError: there are fewer than d units.
+    Compare figure 7 of Veit et al. (2016). Columns: ``length``, ``share``. Raises ValueError for fewer than d units.
     """
     if check_number(d=d) > check_number(n=n):
         raise ValueError(f"cannot delete {d} of {n} units")
@@ -409,8 +386,8 @@ def surviving(n: int, d: int) -> pd.DataFrame:
 class _Step:
     """One unit at its true state, and its vector-Jacobian products, which give None where no way or gradient leads."""
 
-    def __init__(self, unit: Unit, state: Tensor) -> None:
-        self.unit, self.state = unit, state.detach().requires_grad_()
+    def __init__(self, i: int, unit: Unit, state: Tensor) -> None:
+        self.i, self.unit, self.state = i, unit, state.detach().requires_grad_()
         self.f = None if unit.branch is None else unit.branch(self.state)
         self.s = unit.skip(self.state) if self.f is None or unit.residual else None  # a plain unit's is for deletion
         self.total = _sum(self.s, self.f).detach().requires_grad_()
@@ -457,7 +434,7 @@ def _descent(
         last = states[-1].detach().requires_grad_()  # not in place: it may be the caller's x
         logits = chain.head(last)
     top = grad(_scalar(loss, logits, y), last)[0]
-    return top, (_Step(*pair) for pair in zip(reversed(chain.units), reversed(states[:-1]), strict=True))
+    return top, (_Step(i, chain.units[i], states[i]) for i in reversed(range(len(chain))))
 
 
 def _states(chain: Chain, x: Any, batch_statistics: bool = False) -> list[Tensor]:
@@ -478,9 +455,8 @@ def _inputs(chain: Chain, x: Any, y: Any, loss: Loss) -> tuple[Any, Any]:
 def _scalar(loss: Loss, logits: Tensor, y: Any) -> Tensor:
     value = loss(logits, y)
     if not isinstance(value, Tensor) or not value.requires_grad:
-        raise TypeError(
-            f"the loss is a {type(value).__name__} without a gradient: compute it from the logits, in torch"
-        )
+        kind = type(value).__name__
+        raise TypeError(f"the loss is a {kind} without a gradient: compute it from the logits, in torch")
     if value.numel() != 1:
         raise ValueError(f"the loss must be a scalar, but has shape {tuple(value.shape)}: average or sum it")
     if value.isnan():
@@ -506,7 +482,7 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _to_pixels(chain: Chain, batch: Any, gradients: Tensor) -> Tensor:
-    x = inputs_of(chain, batch)
+    x, _ = inputs_and_labels(chain, batch, labels=False)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError('the input holds no numbers to take a gradient at: use at="stem", the first unit\'s input')
     x = x.detach().requires_grad_()
@@ -519,15 +495,16 @@ def _to_pixels(chain: Chain, batch: Any, gradients: Tensor) -> Tensor:
 @contextmanager
 def _as_found(chain: Chain, batch_statistics: bool = False) -> Iterator[None]:
     """Give buffers and modes back after a ``with`` block, where batch norm may have to take the batch's statistics."""
-    modes = [(norm, norm.training) for norm in chain.modules() if isinstance(norm, _BatchNorm)]
-    buffers = [(buffer, buffer.clone()) for buffer in chain.buffers()]
+    modes = [(part, part.training) for part in check_chain(chain).modules()]
+    changing = batch_statistics or any(training for _, training in modes)
+    buffers = [(buffer, buffer.clone()) for buffer in chain.buffers()] if changing else []
     try:
-        for norm, training in modes:
-            norm.training = training or batch_statistics
+        for part, training in modes:
+            part.training = training or (batch_statistics and isinstance(part, _BatchNorm))
         yield
     finally:
-        for norm, training in modes:
-            norm.training = training
+        for part, training in modes:
+            part.training = training
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -541,11 +518,10 @@ def _nothing_random(device: torch.device) -> Iterator[None]:
         sources.append((torch.get_device_module(device), () if device.type == "mps" else (device,)))
     before = [module.get_rng_state(*where) for module, where in sources]
     yield
-    drawn = False
+    after = [module.get_rng_state(*where) for module, where in sources]
     for (module, where), state in zip(sources, before, strict=True):
-        drawn |= not torch.equal(module.get_rng_state(*where), state)
         module.set_rng_state(state, *where)
-    if drawn:
+    if not all(map(torch.equal, before, after)):
         raise ValueError(
             "the network draws random numbers, as dropout and stochastic depth do in training mode, in which no two "
             "passes are the same: call chain.eval() first"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import pandas as pd
+
+from .chain import check_number
 
 
 def _check_level(level: float) -> float:
@@ -60,16 +62,12 @@ def error_difference(first: float, second: float, images: int, level: float = 0.
     hard ones, which makes it too wide rather than too narrow.
 
     Args:
-        first: error of one network, as a fraction.
-        second: error of the other.
+        first, second: error of one network and of the other, as fractions; a ValueError outside 0 to 1.
         images: how many each was tested on.
         level: coverage.
-
-    Raises:
-        ValueError: an error lies outside 0 to 1.
     """
-    given = [_numbers(name, value) for name, value in {"first": first, "second": second, "images": images}.items()]
-    if any(number.size != 1 for number in given):
+    given = {"first": first, "second": second, "images": images}
+    if any(_numbers(name, value).size != 1 for name, value in given.items()):
         raise ValueError("first, second and images must be one number each")
     (low, low_2), (high, high_2) = wilson(np.array([first, second]) * images, images, level)
     below, above = np.hypot(second - low_2, high - first), np.hypot(high_2 - second, first - low)
@@ -93,13 +91,12 @@ def paired_bootstrap(
         TypeError, ValueError: there is no value, or an argument is of the wrong kind or size.
     """
     difference = _numbers("difference", difference)
-    for name, value, least in (("resamples", resamples, 1), ("seed", seed, 0)):
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} is {value!r:.80}: expected a whole number of at least {least}")
+    check_number(1, resamples=resamples)
+    random = np.random.default_rng(check_number(seed=seed))
     if not difference.ndim or not difference.shape[-1]:
         raise ValueError(f"difference has shape {difference.shape}: expected at least one value, (…, images)")
     images, level = difference.shape[-1], _check_level(level)
-    weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples) / images
+    weights = random.multinomial(images, np.full(images, 1 / images), resamples) / images
     means = difference @ weights.T
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
     return low, high

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -20,16 +18,16 @@ DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
 
 
 def data_folder() -> Path:
-    """Return the project's ``data`` folder: in the working directory, in one above it, or beside the library's source.
+    """Return ``data`` in the working directory, above it, or in the library's clone, else what a wheel brought.
 
     Raises:
-        FileNotFoundError: it is in none of these.
+        FileNotFoundError: there is none.
     """
-    here = Path.cwd()
-    for folder in [here, *here.parents, Path(__file__).resolve().parents[2]]:
-        if (folder / "data" / "results").is_dir():
-            return folder / "data"
-    raise FileNotFoundError(f"no data/results in {here} or above it: run from a clone of the project, or pass a path")
+    here, library = Path.cwd(), Path(__file__).resolve().parent
+    for folder in [*(clone / "data" for clone in [here, *here.parents, library.parents[1]]), library / "_stored"]:
+        if (folder / "results").is_dir():
+            return folder
+    raise FileNotFoundError(f"no data/results in {here} or above it, or in {library}: install the library anew")
 
 
 def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
@@ -85,15 +83,7 @@ def data_label(dataset: str, *, recipe: str | None = None) -> str:
         recipe: only of networks trained by this recipe; of all when None or when the record does not tell.
     """
     path = data_folder() / "results" / dataset / "provenance.json"
-    runs = list(_entries(json.loads(path.read_text(encoding="utf-8")))) if path.is_file() else []
+    made = json.loads(path.read_text(encoding="utf-8")).values() if path.is_file() else []
+    runs = [run for table in made for run in table if "data" in run]
     ours = [run for run in runs if f'-{recipe}"' in json.dumps(run)]  # rows are called <network>-seed<seed>-<recipe>
     return " and ".join(sorted({run["data"] for run in ours or runs})) or IMAGES.get(dataset, dataset)
-
-
-def _entries(record: Any) -> Iterator[dict[str, Any]]:
-    """Yield every entry that names its images, however deep it lies."""
-    if isinstance(record, dict) and "data" in record:
-        yield record
-    elif isinstance(record, dict | list):
-        for entry in record.values() if isinstance(record, dict) else record:
-            yield from _entries(entry)

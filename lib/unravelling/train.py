@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from .batches import IGNORED, Batches, check_labels, device_of, eval_mode, iterate, named_failure
-from .chain import Chain, check_chain, check_number, check_positive
+from .batches import NOTHING, Batches, device_of, eval_mode, iterate, named_failure, scores
+from .chain import Chain, check_chain, check_number
 from .data import Dataset, Split, check_path, checksum, write_atomically
 
 
@@ -69,20 +69,20 @@ class Recipe:
             raise TypeError(f"name is a {type(self.name).__name__}: expected a text")
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError(f"recipe {self.name!r} needs either epochs or iterations")
-        check_positive(epochs=self.epochs, iterations=self.iterations, active=self.active)
-        for least, key in ((1, "batch_size"), (0, "warmup"), (0, "crop")):
+        numbers = {"batch_size": 1, "warmup": 0, "crop": 0}
+        numbers |= {key: 1 for key in ("epochs", "iterations", "active") if getattr(self, key) is not None}
+        for key, least in numbers.items():
             check_number(least, **{key: getattr(self, key)})
         if not isinstance(self.milestones, (tuple, list)):
             raise TypeError(f"recipe {self.name!r}: milestones {self.milestones!r} are not fractions in a tuple")
-        rest = {} if self.survival is None else {"survival": self.survival}
-        rest |= {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-        for key, value in (*rest.items(), *(("a milestone", value) for value in self.milestones)):
+        rates = [(key, getattr(self, key)) for key in ("lr", "momentum", "weight_decay")]
+        for key, value in (*rates, *(("a milestone", value) for value in self.milestones)):
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not a finite number of 0 or more")
         if self.survival is not None and self.active is not None:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
-        if self.survival is not None and not 0 < self.survival <= 1:
-            raise ValueError(f"recipe {self.name!r}: survival {self.survival} is not a probability above 0")
+        if self.survival is not None and not (isinstance(self.survival, (int, float)) and 0 < self.survival <= 1):
+            raise ValueError(f"recipe {self.name!r}: survival {self.survival!r} is not a probability above 0")
         for key, allowed in {"schedule": ("onecycle", "steps"), "precision": ("float32", "bfloat16", "auto")}.items():
             if (value := getattr(self, key)) not in allowed:
                 raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not one of {', '.join(allowed)}")
@@ -131,15 +131,8 @@ PARTS = ("identity", "chain", "optimizer", "generator", "history", "checksum")
 
 
 def fit(
-    chain: Chain,
-    data: Dataset,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    stop_after: int | None = None,
-    on_epoch: Callable[[int, Chain], None] | None = None,
-    progress: bool = True,
+    chain: Chain, data: Dataset, recipe: Recipe, *, seed: int = 0, checkpoint: str | Path | None = None,
+    stop_after: int | None = None, on_epoch: Callable[[int, Chain], None] | None = None, progress: bool = True,
 ) -> pd.DataFrame:
     """Train the chain in place and return its history.
 
@@ -176,11 +169,10 @@ def fit(
         raise ValueError("data.validation holds no images: training reports on some")
     if max(int(split.labels.max()) for split in (data.train, data.validation) if len(split)) >= len(data.classes):
         raise ValueError(f"a label is beyond the {len(data.classes)} classes of the dataset {data.name!r}")
-    steps, device = len(data.train) // recipe.batch_size, device_of(chain)
+    steps = len(data.train) // recipe.batch_size
     if not steps:
-        raise ValueError(
-            f"a batch of {recipe.batch_size} images needs at least as many: this split has {len(data.train)}"
-        )
+        size, there = recipe.batch_size, len(data.train)
+        raise ValueError(f"a batch of {size} images needs at least as many: this split has {there}")
     iterations = recipe.iterations or (recipe.epochs or 0) * steps
     chain.to(memory_format=torch.channels_last)
     options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
@@ -203,10 +195,7 @@ def fit(
         for epoch in range(len(history), last):
             ahead = range(epoch * steps, min((epoch + 1) * steps, iterations))
             rates = [recipe.lr_at(step, iterations) for step in ahead]
-            how: dict[str, Any] = {"crop": recipe.crop, "flip": recipe.flip, "device": device}
-            batches = data.train.shuffled(recipe.batch_size, generator, **how)
-            taken = zip(rates, batches, strict=False)
-            row = _train_epoch(chain, recipe, optimizer, generator, taken, len(data.classes), bar)
+            row = _train_epoch(chain, data, recipe, optimizer, generator, rates, bar)
             validation = evaluate(as_tested(chain, recipe), data.validation)
             row |= {f"validation_{key}": validation[key] for key in ("loss", "error")}
             history.append({"epoch": epoch + 1} | row)
@@ -223,21 +212,16 @@ def fit(
 
 
 def _train_epoch(
-    chain: Chain,
-    recipe: Recipe,
-    optimizer: torch.optim.SGD,
-    generator: torch.Generator,
-    steps: Iterable[tuple[float, tuple[Tensor, Tensor]]],
-    classes: int,
-    bar: tqdm,
+    chain: Chain, data: Dataset, recipe: Recipe, optimizer: torch.optim.SGD, generator: torch.Generator,
+    rates: Sequence[float], bar: tqdm,
 ) -> dict[str, float]:
-    """Take steps, each with its learning rate and its batch, and return the row of the history."""
-    device = device_of(chain)
+    """Take a step at each learning rate, and return the row of the history."""
+    device, classes = device_of(chain), len(data.classes)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and _has_bfloat16(device))
     loss_sum, wrong = torch.zeros((), device=device), torch.zeros((), device=device)
-    seen, lr = 0, 0.0
+    batches = data.train.shuffled(recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device)
     chain.train()
-    for lr, (x, y) in steps:
+    for lr, (x, y) in zip(rates, batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
@@ -249,11 +233,11 @@ def _train_epoch(
         loss = cross_entropy(logits.float(), y)
         loss.backward()
         optimizer.step()
-        seen += len(y)
         loss_sum += loss.detach() * len(y)
         wrong += (logits.argmax(1) != y).sum()
         bar.update()
-    return {"lr": lr, "train_loss": loss_sum.item() / seen, "train_error": wrong.item() / seen}
+    seen = len(rates) * recipe.batch_size
+    return {"lr": rates[-1], "train_loss": loss_sum.item() / seen, "train_error": wrong.item() / seen}
 
 
 @contextmanager
@@ -278,12 +262,11 @@ def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
     probability = _probabilities(chain, recipe)
     if probability is None:
         return chain
-    n = len(chain)
     if recipe.active is not None:
-        keep = torch.randperm(n, generator=generator).argsort() < recipe.active
+        keep = torch.randperm(len(chain), generator=generator).argsort() < recipe.active
     else:
-        keep = torch.rand(n, generator=generator) < probability
-    factor = 1 / probability if recipe.rescale else torch.ones(n)
+        keep = torch.rand(len(chain), generator=generator) < probability
+    factor = 1 / probability if recipe.rescale else torch.ones(len(chain))
     kept = zip(chain.units, keep.tolist(), factor.tolist(), strict=True)
     return chain.with_units((unit.scaled(f) if f != 1 else unit) if k else unit.deleted() for unit, k, f in kept)
 
@@ -326,37 +309,21 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
     Raises:
         TypeError, ValueError: there are no batches, or no labels that fit; or logits are NaN.
     """
-    if not isinstance(chain, nn.Module):
-        raise TypeError(f"chain is a {type(chain).__name__}: expected a network")
     wrong, loss, images = 0, 0.0, 0
     for x, y in iterate(chain, data):
-        with eval_mode(chain), torch.inference_mode():  # around the model alone: the iterator is the caller's
-            with named_failure(x):
-                logits = chain(x)
-            _check_scored(logits, y)
-            logits, labels = logits.cpu().double(), y.cpu()  # on the CPU, since a device may lack float64
-            counted = labels != IGNORED
-            logits, labels = logits[counted], labels[counted]
-            wrong += int((logits.argmax(-1) != labels).sum())
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-            images += len(labels)
+        with eval_mode(chain), torch.inference_mode(), named_failure(x):  # around the model alone, not the iterator
+            logits = chain(x)
+        if not isinstance(logits, Tensor):
+            kind = type(logits).__name__
+            raise TypeError(f"the network returns a {kind}: expected logits (B, K), or (B, T, K) for tokens")
+        if logits.isnan().any():
+            raise ValueError("logits are NaN: the network's weights or the inputs are, or its training has diverged")
+        labels = y.cpu() if isinstance(y, Tensor) else y
+        missed, losses, kept = scores(logits.cpu().double(), labels)  # on the CPU, since a device may lack float64
+        wrong, loss, images = wrong + int(missed.sum()), loss + float(losses.sum()), images + int(kept.sum())
     if not images:
-        raise ValueError(f"every label is {IGNORED}, which counts for nothing: nothing is left to score")
+        raise ValueError(NOTHING)
     return {"error": wrong / images, "loss": loss / images, "wrong": wrong, "images": images}
-
-
-def _check_scored(logits: Any, labels: Any) -> None:
-    """Raise TypeError or ValueError for logits ``(…, K)`` that are NaN, or that cannot be scored by ``labels``."""
-    if not isinstance(logits, Tensor) or not logits.dim() or not logits.is_floating_point():
-        raise TypeError(
-            f"the network returns a {type(logits).__name__}: expected logits (B, K), or (B, T, K) for tokens"
-        )
-    if isinstance(labels, Tensor) and labels.is_floating_point():
-        raise TypeError(f"y, the labels, has the type {labels.dtype}: expected a tensor of classes, such as y.long()")
-    if not isinstance(labels, Tensor) or (labels != IGNORED).any():
-        check_labels(logits.movedim(-1, 1) if logits.dim() > 1 else logits, labels)
-    if logits.isnan().any():
-        raise ValueError("logits are NaN: the network's weights or the inputs are, or its training has diverged")
 
 
 def architecture_digest(chain: nn.Module) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .chain import Chain, Scale, check_chain
+from .chain import Chain, check_chain
 from .data import check_path, read_tensors, write_tensors
 from .nets import build
 from .stored import data_folder
@@ -30,7 +30,7 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
         header: what else to record, such as recipe, seed and errors; any JSON values.
 
     Raises:
-        ValueError: the chain was not made by `unravelling.nets`, or has deleted or scaled units; or ``header`` names
+        ValueError: the chain was not made by `unravelling.nets`, or has deleted or changed units; or ``header`` names
             an entry that is written anyway.
         OSError: the file could not be written; an earlier one is kept.
     """
@@ -38,8 +38,7 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
     path = check_path(path=path)
     if taken := sorted(header.keys() & set(OWN)):
         raise ValueError(f"the header's entry {taken[0]!r} is written by save itself: choose another name")
-    changed = any(unit.is_deleted for unit in chain.units) or any(isinstance(part, Scale) for part in chain.modules())
-    if chain.config is None or changed:
+    if chain.config is None or any(unit.is_changed or unit.is_deleted for unit in chain.units):
         raise ValueError("only an intact network made by unravelling.nets can be rebuilt from a file: save that one")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in chain.state_dict().items()}
     floating = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)

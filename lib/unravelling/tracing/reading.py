@@ -64,10 +64,6 @@ class Stretch:
     def __post_init__(self) -> None:
         self.state, self.post = self.start, self.end
 
-    def skip_way(self, reading: Reading) -> set[fx.Node]:
-        """Return what computes the skip."""
-        return {n for node, _ in self.skip for n in reading.between(self.start, node)}
-
 
 class NotABlock(Exception):
     """A registered block, by its name, that is called with more than its state, so that its graph has to tell."""
@@ -150,11 +146,13 @@ def _read_from(
     if not stretches:
         raise Unsupported(_nothing_found(model, reading, causes))
     warnings = _told(reading, causes)
-    loaded = [s for s in stretches if s.skip and s.branch and not s.exact_skip and reading.weights(s.skip_way(reading))]
+    computed = [s for s in stretches if s.skip and s.branch and not s.exact_skip]
+    loaded = [s for s in computed if reading.weights(n for node, _ in s.skip for n in reading.between(s.start, node))]
     if len(loaded) > len(stretches) / 2 and all(_same_shape(reading, s.end, s.start) for s in loaded):
         warnings.append(
             f"{len(loaded)} units have no identity beside their branch, but a layer with weights of its own, as LoRA "
-            f"has its base layer (the first in {place(reading, loaded[0].end)}): a deletion leaves that layer"
+            f"has its base layer, or a mixture of streams (the first in {place(reading, loaded[0].end)}): a deletion "
+            "leaves that layer"
         )
     return reading, stretches, warnings
 
@@ -364,7 +362,8 @@ class Reading:
             region = self.region(key)
             if region is not None and region[1] is node:
                 return name, int(key.partition("@")[2] or 0)
-        return None
+        inner = self.itself(node)  # what a dropout that is no module, and does nothing in eval mode, is applied to
+        return None if inner is node else self.output(inner, outside)
 
     def operands(self, node: fx.Node) -> Terms | None:
         """Return the two operands of an addition or subtraction of values of the stream, with their factors."""
@@ -481,6 +480,8 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
         if len(skips) != 1:
             names = [{n.rpartition(".")[2].lower() for node in way for _, n in reading.stacks[node]} for way in ways]
             skips = [i for i, own in enumerate(names) if any(word in name for name in own for word in SKIPS)]
+        if len(skips) != 1 and _same_shape(reading, end, start):  # or one operation, such as a mixture of streams
+            skips = [i for i, way in enumerate(ways) if len(way) == 1 < max(map(len, ways))]
         if len(skips) != 1:
             return None
     branches = [i for i in range(len(terms)) if i not in skips]
@@ -599,9 +600,9 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
         )
     if sums:
         return (
-            f"{name} has {len(sums)} additions, but no chain of residual units: their skips cross or overlap, or no "
-            f"operand is a skip (the first in {place(reading, sums[0])}). Say which modules are the blocks: units=…, "
-            "branch=…"
+            f"{name} has {len(sums)} additions, but no chain of residual units: their skips cross or overlap, as where "
+            "several streams run beside each other, or no operand is a skip (the first in "
+            f"{place(reading, sums[0])}). Say which modules are the blocks: units=…, branch=…"
         )
     return (
         f"{name} has no skip: no addition joins a value with what is computed from it. To take a plain network apart, "

@@ -11,7 +11,7 @@ import inspect
 import logging
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any, cast
@@ -20,11 +20,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from ..batches import LABELS
-
-IN_PLACE = ("iadd", "isub", "imul", "itruediv", "imatmul")
 
 
 class Unsupported(ValueError):
@@ -137,17 +135,15 @@ def _is_layer(m: nn.Module) -> bool:
     return not any(m.children()) and library.startswith(("timm.layers", "torchvision.ops"))
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def refuse_hooks(model: nn.Module, *, layers: bool) -> None:
     """Raise Unsupported for a hook on a module that a chain takes apart, where the hook would never be called.
 
     Hooks on layers that stay whole are called in the chain as in the model, unless ``layers`` are taken apart, too.
     Those of `torch.nn.utils`, such as ``weight_norm``, belong to the layer.
     """
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, module in model.named_modules():
-        hooks = [hook for table in HOOKS for hook in getattr(module, table).values()]
+        hooks = [hook for table in tables for hook in getattr(module, table).values()]
         own = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
         if own and (layers or not _is_layer(module)):
             raise Unsupported(
@@ -256,12 +252,10 @@ def trace_by_export(model: nn.Module, x: Any) -> Traced:
     if {len(t) for t in tree_leaves(given) if isinstance(t, Tensor) and t.dim()} == {1}:
         # torch.export takes a size of one for a constant, so that a batch of one is traced as one of two
         doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, given)
-        try:
+        with suppress(Exception):
             traced = _export(model, *doubled)
-        except Exception:
-            return _export(model, *given)
-        if not any(isinstance(sizes[0], int) for sizes in traced.sizes.values()):
-            return traced
+            if not any(isinstance(sizes[0], int) for sizes in traced.sizes.values()):
+                return traced
     return _export(model, *given)
 
 
@@ -284,9 +278,6 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     if any(name_of(node) in FUNCTIONALIZED for node in program.graph.nodes):
         program = program.run_decompositions({})  # writes to parts, and what runs under autocast, as plain operations
     module = program.module()
-    with torch.no_grad():
-        output = model(*args, **kwargs)
-    position = next(i for i, leaf in enumerate(tree_leaves(output)) if leaf is logits_of(output))
     nodes = module.graph.nodes
     placeholders = [node for node in nodes if node.op == "placeholder"]
     names = [str(node.target) for node in placeholders]
@@ -302,6 +293,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
         guards = None
     _drop_casts(module.graph)
     results = tree_leaves(next(node for node in nodes if node.op == "output").args)
+    output = logits_of(tree_unflatten(results, program.call_spec.out_spec))
     sizes = {}
     for node in nodes:
         if isinstance(node.meta.get("val"), Tensor):
@@ -310,7 +302,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
             if node in inputs and (len(inputs) > 1 or any(map(is_concrete_int, shape))):
                 sizes[inputs[node]] = tuple(int(size) if is_concrete_int(size) else str(size) for size in shape)
     lookup = operator.attrgetter
-    traced = Traced(module.graph, lambda t: lookup(t)(module), inputs, results[position], "torch.export", sizes, guards)
+    traced = Traced(module.graph, lambda t: lookup(t)(module), inputs, output, "torch.export", sizes, guards)
     return _out_of_place(traced)
 
 
@@ -354,7 +346,7 @@ def _out_of_place(traced: Traced) -> Traced:
             other.__dict__ = dict(vars(module), inplace=False)
         elif node.kwargs.get("inplace"):
             node.kwargs = dict(node.kwargs, inplace=False)
-        elif name in IN_PLACE:
+        elif name in ("iadd", "isub", "imul", "itruediv", "imatmul"):
             node.target = getattr(operator, name[1:])
         elif node.target is operator.setitem or (mutable and name in ("copy_", "fill_")):
             if base.op == "get_attr":
