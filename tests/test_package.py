@@ -138,9 +138,9 @@ def python_of(text):
 
 
 @pytest.fixture(scope="module")
-def elsewhere(wheel, tmp_path_factory):
-    """`elsewhere(*arguments)` runs Python in an empty folder, in an environment that has the wheel and no clone."""
-    home, folder = tmp_path_factory.mktemp("environment"), tmp_path_factory.mktemp("elsewhere")
+def outside(wheel, tmp_path_factory):
+    """The interpreter of an environment that has the wheel and no clone, and where the library lies in it."""
+    home = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=120)
     python = next(path for path in (home / "bin/python", home / "Scripts/python.exe") if path.exists())
     target = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -149,6 +149,13 @@ def elsewhere(wheel, tmp_path_factory):
                     wheel], check=True, timeout=120)
     # what it needs comes from the environment of the tests, whose own editable install is not followed from here
     (target / "outer.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return python, target / "unravelling"
+
+
+@pytest.fixture(scope="module")
+def elsewhere(outside, tmp_path_factory):
+    """`elsewhere(*arguments)` runs Python in an empty folder, in an environment that has the wheel and no clone."""
+    (python, library), folder = outside, tmp_path_factory.mktemp("elsewhere")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
     def run(*arguments):
@@ -156,7 +163,7 @@ def elsewhere(wheel, tmp_path_factory):
                               env={**clean, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}, timeout=300)
         return done.returncode, done.stdout + done.stderr
 
-    run.folder, run.library = folder, target / "unravelling"
+    run.folder, run.library = folder, library
     return run
 
 
@@ -379,7 +386,7 @@ def test_types_of_the_library_agree():
     assert done.stdout + done.stderr == ""
 
 
-def test_types_reach_those_who_use_the_library(tmp_path):
+def test_types_reach_those_who_use_the_library(outside, tmp_path):
     (tmp_path / "use.py").write_text(
         "from unravelling import Chain, delete_each, digits, load\n"
         'chain: Chain = load("digits/resnet20-seed0").without(3)\n'
@@ -387,5 +394,5 @@ def test_types_reach_those_who_use_the_library(tmp_path):
         'chain.without("3")\n'
         'delete_each("digits/resnet20-seed0", digits().test)\n'
     )
-    done = mypy("--cache-dir", ROOT / "_build/mypy", "use.py", cwd=tmp_path)
+    done = mypy("--python-executable", outside[0], "use.py", cwd=tmp_path)
     assert [line.split(":")[1] for line in done.stdout.splitlines() if ": error:" in line] == ["4", "5"], done.stdout
