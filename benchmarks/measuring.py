@@ -86,7 +86,8 @@ def compare(work: str, setting: str, arms: Arms, rounds: int, *, chain: Chain | 
         with counting(chain) as counted, LiveBytes() if chain else contextlib.nullcontext() as live:
             arm()
         if live:
-            rows[name] |= {"branch_evaluations": counted["images"], "peak_bytes": live.peak}
+            # none where the arm ran another chain, or none of a branch
+            rows[name] |= {"branch_evaluations": counted["images"] or None, "peak_bytes": live.peak}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _, (name, arm) in itertools.product(range(rounds), arms.items()):
         start = time.perf_counter()
