@@ -52,7 +52,7 @@ def test_a_model_that_takes_targets_is_measured_on_pairs(model, text):
 def test_logits_of_the_last_position_alone_are_refused_where_every_token_has_a_label(model, text):
     tokens, targets = text
     chain = unravel(model, tokens)
-    with pytest.raises(ValueError, match=r"labels \(4, 6\) for logits \(4, 1, 11\)"):
+    with pytest.raises(ValueError, match=r"the labels, have shape \(4, 6\) beside logits of shape \(4, 1, 11\)"):
         delete_each(chain, [(tokens, targets)])
     last = delete_each(chain, [(tokens, targets[:, -1:])])
     assert last["loss"].notna().all()
