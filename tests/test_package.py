@@ -163,7 +163,7 @@ def elsewhere(outside, tmp_path_factory):
                               env={**clean, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}, timeout=300)
         return done.returncode, done.stdout + done.stderr
 
-    run.folder, run.library = folder, library
+    run.folder, run.home = folder, library
     return run
 
 
@@ -174,7 +174,7 @@ def test_three_lines_of_the_readme_work_outside_a_clone(elsewhere):
     code, printed = elsewhere("-c", f"{lines}\nimport unravelling; print(unravelling.__file__)")
     assert code == 0, printed
     assert "delta_error" in printed
-    assert Path(printed.split()[-1]) == elsewhere.library / "__init__.py"
+    assert Path(printed.split()[-1]) == elsewhere.home / "__init__.py"
 
 
 def test_results_claims_and_weights_come_with_the_library(elsewhere):
