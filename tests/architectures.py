@@ -943,7 +943,7 @@ OTHERS: dict[str, Other] = {
         4,
         kind="tokens",
     ),
-    "transformers falcon": Other(lambda: transformer("FalconForCausalLM", small_transformer()), 2, 0, kind="tokens"),
+    "transformers falcon": Other(lambda: transformer("FalconForCausalLM", small_transformer()), 2, 2, kind="tokens"),
     "transformers olmo2": Other(lambda: transformer("Olmo2ForCausalLM", LLM), 4, 4, kind="tokens"),
     "transformers granite": Other(
         lambda: transformer("GraniteForCausalLM", LLM | {"residual_multiplier": 0.5}), 4, 0, kind="tokens"

@@ -173,6 +173,26 @@ def test_additions_that_are_no_units_are_told_of():
     assert quiet(net(add), X).notes == []
 
 
+def dropped(s, x):
+    return F.dropout(x, 0.1, s.training)
+
+
+@pytest.mark.parametrize(("branch", "compared"), [
+    (lambda s, x: dropped(s, s.a(x)), 3),
+    (lambda s, x: dropped(s, s.a(x) + s.b(x)), 3),
+    (lambda s, x: s.b(x) + dropped(s, s.a(dropped(s, x))), 3),
+    (lambda s, x: dropped(s, x) + s.a(x), 0),  # a part of the branch is the state itself, which no module returns
+])
+def test_a_dropout_that_is_no_module_is_looked_through(branch, compared):
+    model = net(lambda s, x: x + branch(s, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a sum within the branch is told of
+        chain = unravel(model, X)
+    exact(chain, model, units=3)
+    checks = chain.verify(X).set_index("check")
+    assert checks.loc["deletion", ["compared", "equal"]].tolist() == [compared, compared]
+
+
 # ---------------------------------------------------------------- sizes
 
 

@@ -111,10 +111,8 @@ def refuse_at_other_sizes(chain: Chain, origin: Origin, x: Any) -> None:
     Where the model itself takes no such input, or the chain says that it does not, there is nothing to compare.
     """
     tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor) and t.dim()]
-    if not tensors:
-        return
     sequences = [t.shape[1] for t in tensors if 1 in free_dims(t)]
-    sizes = [tensors[0].shape[0], *sequences[:1]]
+    sizes = [*[t.shape[0] for t in tensors[:1]], *sequences[:1]]
 
     def longer(t: Tensor, dims: int) -> Tensor:
         for dim in range(min(dims, t.dim())):

@@ -362,8 +362,7 @@ class Reading:
             region = self.region(key)
             if region is not None and region[1] is node:
                 return name, int(key.partition("@")[2] or 0)
-        inner = self.itself(node)  # what a dropout that is no module, and does nothing in eval mode, is applied to
-        return None if inner is node else self.output(inner, outside)
+        return None
 
     def operands(self, node: fx.Node) -> Terms | None:
         """Return the two operands of an addition or subtraction of values of the stream, with their factors."""
@@ -680,6 +679,9 @@ def _addends(reading: Reading, stretch: Stretch) -> list[fx.Node]:
     addends, todo = [], [node for node, _ in stretch.branch]
     while todo:
         node = todo.pop()
+        inner = reading.itself(node)  # what a dropout that is no module is applied to, unless that is the state
+        if not reading.output(node, outside=stretch.end) and reading.order[inner] > reading.order[stretch.start]:
+            node = inner
         pair = None if reading.output(node, outside=stretch.end) else reading.operands(node)
         todo += [operand for operand, _ in pair or []]
         addends += [] if pair else [node]
