@@ -23,6 +23,8 @@ PAGES = sorted(p.relative_to(HTML).as_posix() for p in HTML.glob("book/*.html"))
 ORIGIN = "http://book.test"  # a name that leads nowhere: the route below answers for it
 WIDTHS, THEMES = (1280, 390), ("light", "dark")
 SCREENS = ROOT / "_build/screens"
+HEIGHT = "document.documentElement.scrollHeight"
+TALLEST = 65_000  # pixels: of a taller page, as the reference is, a JPEG holds nothing at all
 
 pytestmark = pytest.mark.skipif(HTML is None, reason="no pages are built; `make pages` builds them")
 
@@ -100,7 +102,10 @@ def look(browser):
             page.emulate_media(color_scheme=theme)
             page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
             picture = SCREENS / f"{Path(path).stem}-{width}-{theme}.jpg"
-            drawn = page.screenshot(path=picture, full_page=True, type="jpeg", quality=70, animations="disabled")
+            box = {"x": 0, "y": 0, "width": width, "height": min(page.evaluate(HEIGHT), TALLEST)}
+            drawn = page.screenshot(path=picture, full_page=True, clip=box, type="jpeg", quality=70,
+                                    animations="disabled")
+            assert drawn, f"{picture.name} is empty"
             found[theme] = {"widest": page.evaluate(WIDEST), "contrasts": page.evaluate(CONTRASTS),
                             "figures": page.evaluate(FIGURES), "picture": drawn}
         return found
