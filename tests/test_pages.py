@@ -49,7 +49,7 @@ CONTRASTS = """() => {
     return [...document.querySelectorAll('article p, article figcaption, article a:not(.headerlink)')]
         .filter(e => e.checkVisibility() && e.textContent.trim())
         .map(e => [getComputedStyle(e).color, behind(e), e.textContent.trim().slice(0, 40)]); }"""
-FIGURES = """() => [...document.querySelectorAll('.cell_output img:not(.tag_photographs *)')]
+FIGURES = """() => [...document.querySelectorAll('.cell_output :is(img:not(.tag_photographs *), .unravelling)')]
     .filter(e => e.checkVisibility()).map(e => {
     const r = e.getBoundingClientRect(); return [r.left + scrollX, r.top + scrollY, r.width, r.height]; })"""
 DRAWINGS = """() => [[...document.querySelectorAll('article figure img')].filter(e => e.checkVisibility())
