@@ -1,6 +1,6 @@
 """One function for each kind of figure: a table goes in, the Axes come out. Nothing is read, computed or said here.
 
-Needs the optional matplotlib and seaborn. Figures are at most 6.4 inches wide with type of 11 points, so that they can
+Needs the optional matplotlib and seaborn. Figures are 5 inches wide and have no type below 10 points, so that they can
 be read on a telephone, and have a white background, so that they can be read in dark mode. Functions draw on ``ax``,
 or on new axes when it is None.
 """
@@ -19,12 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
 from .stats import seed_band
 from .stored import intact_error
 from .wording import about, network_label
 
-WIDTH = 6.4  # inches
+WIDTH = 5.0  # inches
 _BLUE, _ORANGE, _GREEN, _, _, _, _, _GREY, *_ = sns.color_palette("colorblind")
 FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
 
@@ -32,8 +33,8 @@ FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
 def use_style() -> None:
     """Set matplotlib's defaults for the book's figures."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
-    plt.rcParams.update({"figure.figsize": (WIDTH, 3.8), "figure.dpi": 130, "figure.constrained_layout.use": True})
-    plt.rcParams.update({"axes.labelsize": 11.5, "axes.titlesize": 12})
+    plt.rcParams.update({"figure.figsize": (WIDTH, 3.8), "figure.dpi": 144, "figure.constrained_layout.use": True})
+    plt.rcParams.update({"axes.labelsize": 11.5, "axes.titlesize": 12, "figure.labelsize": 11.5})
     plt.rcParams.update(dict.fromkeys(("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 11))
     plt.rcParams.update(dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False))
     plt.rcParams.update(dict.fromkeys(("figure.facecolor", "savefig.facecolor"), "white"))
@@ -51,6 +52,12 @@ def _axes(ax: Axes | None, height: float | None = None) -> Axes:
 def _band(ax: Axes, lines: pd.DataFrame, color: Any, alpha: float) -> None:
     """Fill the space between the first and the last column."""
     ax.fill_between(lines.index, lines.iloc[:, 0], lines.iloc[:, -1], color=color, alpha=alpha, lw=0)
+
+
+def _whole(ax: Axes, x: pd.Index | pd.Series) -> None:
+    """Give an axis of whole numbers, such as units, no ticks between them."""
+    if ax.get_xscale() == "linear" and pd.api.types.is_integer_dtype(x.dtype):
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def seed_lines(
@@ -72,6 +79,7 @@ def seed_lines(
         ax.set_yscale("log")
     band = seed_band(table, x, value).sort_values(x).set_index(x)[["low", "mean", "high"]]
     band = scale * (np.exp(band) if log else band)
+    _whole(ax, band.index)
     (line,) = ax.plot(band["mean"], **style)
     _band(ax, band, line.get_color(), 0.25)
     return ax
@@ -119,6 +127,10 @@ def side_by_side(
         ax.set_title(f"{name}\n{title}" if network else title, loc="left", fontsize=10.5)
         if column:
             ax.set_ylabel("")
+    if len(labels := {ax.get_xlabel() for ax in axes.flat} - {""}) == 1:  # said once, where each would not fit
+        fig.supxlabel(labels.pop())
+        for ax in axes.flat:
+            ax.set_xlabel("")
     if legend:
         found = (ax.get_legend_handles_labels() for ax in axes.flat)
         entries: tuple[list, list] = next((entry for entry in found if entry[0]), ([], []))
@@ -146,6 +158,7 @@ def single_deletions(
     if "seed" in table and table["seed"].nunique() > 1:
         seeds = table.groupby(["unit", "is_transition"], as_index=False)[value]
         rows = seeds.agg(middle="mean", low="min", high="max")
+    _whole(ax, rows["unit"])
     ax.vlines(rows["unit"], scale * rows["low"], scale * rows["high"], color=color, alpha=0.5, lw=2)
     for transition, style in ((False, {"marker": "o", "mfc": color, "ms": 4}), (True, {"marker": "D", "mfc": "white"})):
         some = rows[rows["is_transition"] == transition]
@@ -173,6 +186,7 @@ def quantile_fan(
     """
     ax = _axes(ax)
     q = scale * table.groupby(x)[value].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
+    _whole(ax, q.index)
     _band(ax, q, color, 0.15)
     _band(ax, q[[0.25, 0.75]], color, 0.3)
     ax.plot(q.index, q[0.5], "o-", color=color, ms=4, label=label)
