@@ -155,10 +155,13 @@ def test_a_rule_that_says_both_is_refused():
      ((), "not measured yet")],
 )  # fmt: skip
 def test_a_network_without_batch_norm_is_compared_within_seeds(bare, said):
-    columns = ["network", "seed", "k", "delta_error"]
-    rows = [("resnet110", seed, k, k / 25) for seed in range(3) for k in (5, 10, 10)]
-    rows += [("resnet110-nobn", seed, 10, mean + off) for seed, mean in enumerate(bare) for off in (-0.05, 0.05)]
-    assert judging.without_statistics("digits", lambda _: pd.DataFrame(rows, columns=columns)).startswith(said)
+    columns = ["network", "seed", "k", "delta_error", "error"]
+    rows = [("resnet110", seed, k, k / 25, k / 25) for seed in range(3) for k in (5, 10, 10)]
+    rows += [("resnet110-nobn", seed, 10, d, d + 0.1) for seed, b in enumerate(bare) for d in (b - 0.05, b + 0.05)]
+    rows += [("resnet110-nobn", 3, 10, 0.0, 0.6), ("resnet110", 3, 10, 0.0, 0.01)]  # the first has learned nothing
+    found = judging.without_statistics("digits", lambda _: pd.DataFrame(rows, columns=columns))
+    assert found.startswith(said)
+    assert not bare or f"the {len(bare)} of {len(bare) + 1} trainings that learned" in found
 
 
 def test_interval_of_counts_times_norms_agrees_with_simulation():
