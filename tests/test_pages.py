@@ -137,6 +137,13 @@ def test_math_is_there_without_a_script(look, path):
     assert not re.search(r"<script[^>]*math", (HTML / path).read_text(), flags=re.I)
 
 
+@pytest.mark.parametrize("path", PAGES)
+def test_no_line_ends_before_a_per_cent_or_a_comma_behind_a_formula(path):
+    text = re.sub(r"(?s)<(pre|script|style|title)\b.*?</\1>", "", (HTML / path).read_text())
+    assert re.findall(r".{20}\d %", text) == []
+    assert len(re.findall(r"</math>[,.;:)]", text)) == text.count('<span class="tied"><math>')
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("path", PAGES)
 def test_page_asks_for_nothing_that_is_not_in_the_book(look, path, width):

@@ -45,19 +45,16 @@ def family_color(network: str) -> tuple[float, float, float]:
     return next((color for family, color in FAMILIES.items() if network.startswith(family)), _GREY)
 
 
-def _axes(ax: Axes | None, height: float | None = None) -> Axes:
-    return ax or plt.subplots(figsize=None if height is None else (WIDTH, height))[1]
+def _axes(ax: Axes | None, height: float | None = None, x: pd.Series | None = None) -> Axes:
+    ax = ax or plt.subplots(figsize=None if height is None else (WIDTH, height))[1]
+    if x is not None and pd.api.types.is_integer_dtype(x) and ax.get_xscale() == "linear":
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))  # no ticks between units
+    return ax
 
 
 def _band(ax: Axes, lines: pd.DataFrame, color: Any, alpha: float) -> None:
     """Fill the space between the first and the last column."""
     ax.fill_between(lines.index, lines.iloc[:, 0], lines.iloc[:, -1], color=color, alpha=alpha, lw=0)
-
-
-def _whole(ax: Axes, x: pd.Index | pd.Series) -> None:
-    """Give an axis of whole numbers, such as units, no ticks between them."""
-    if ax.get_xscale() == "linear" and pd.api.types.is_integer_dtype(x.dtype):
-        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def seed_lines(
@@ -73,13 +70,12 @@ def seed_lines(
         log: average the logarithms, which gives the geometric mean, on a logarithmic axis; zeros are left out.
         style: passed to ``Axes.plot``, such as ``label`` and ``color``.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, x=table[x])
     if log:
         table = table[table[value] > 0].assign(**{value: lambda t: np.log(t[value])})
         ax.set_yscale("log")
     band = seed_band(table, x, value).sort_values(x).set_index(x)[["low", "mean", "high"]]
     band = scale * (np.exp(band) if log else band)
-    _whole(ax, band.index)
     (line,) = ax.plot(band["mean"], **style)
     _band(ax, band, line.get_color(), 0.25)
     return ax
@@ -111,7 +107,7 @@ def side_by_side(
         tables: of `unravelling.stored.both`.
         rows: networks that get a row of panels each; all in one row when empty.
         height: of a row, in inches.
-        legend: columns of one legend for all panels, below them; none when 0.
+        legend: columns of one legend for all panels, above them; none when 0.
     """
     shape = (max(len(rows), 1), len(tables))
     fig, axes = plt.subplots(*shape, figsize=(WIDTH, height * shape[0]), squeeze=False, sharey=True)
@@ -134,7 +130,7 @@ def side_by_side(
     if legend:
         found = (ax.get_legend_handles_labels() for ax in axes.flat)
         entries: tuple[list, list] = next((entry for entry in found if entry[0]), ([], []))
-        fig.legend(*entries, loc="outside lower center", ncols=legend)
+        fig.legend(*entries, loc="outside upper center", ncols=legend)
     return fig
 
 
@@ -151,14 +147,13 @@ def single_deletions(
         chance: as in `levels`.
         color: of the points; that of the network's family when None.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, x=table["unit"])
     color = color or (family_color(table["network"].iloc[0]) if "network" in table else _BLUE)
     scale = 1 if value.endswith("loss") else 100
     rows = table.rename(columns={value: "middle", f"{value}_low": "low", f"{value}_high": "high"})
     if "seed" in table and table["seed"].nunique() > 1:
         seeds = table.groupby(["unit", "is_transition"], as_index=False)[value]
         rows = seeds.agg(middle="mean", low="min", high="max")
-    _whole(ax, rows["unit"])
     ax.vlines(rows["unit"], scale * rows["low"], scale * rows["high"], color=color, alpha=0.5, lw=2)
     for transition, style in ((False, {"marker": "o", "mfc": color, "ms": 4}), (True, {"marker": "D", "mfc": "white"})):
         some = rows[rows["is_transition"] == transition]
@@ -184,9 +179,8 @@ def quantile_fan(
         color: of line and bands.
         label: for the legend.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, x=table[x])
     q = scale * table.groupby(x)[value].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
-    _whole(ax, q.index)
     _band(ax, q, color, 0.15)
     _band(ax, q[[0.25, 0.75]], color, 0.3)
     ax.plot(q.index, q[0.5], "o-", color=color, ms=4, label=label)
