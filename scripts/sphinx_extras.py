@@ -18,6 +18,7 @@ CONVERTER = LatexToMathML(fancy_error=False)  # raises where it does not know a 
 
 def mathml(latex: str, block: bool = False) -> str:
     """LaTeX as MathML."""
+    latex = re.sub(r"(?<=\\\\)\[[\d.]+(?:ex|em|pt)\]", "", latex)  # a distance between rows, which would be printed
     if "\\\\" in latex and "\\begin" not in latex:
         latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
     return CONVERTER.convert_with_local_state(latex, displaystyle=block)

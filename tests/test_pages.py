@@ -38,7 +38,8 @@ DECODED = """() => {
 IMAGES = """() => [...document.querySelectorAll('article img, main img')]
     .map(i => [i.src.slice(-60), i.naturalWidth, i.alt])"""
 FORMULAS = """() => [document.querySelectorAll('.math').length, [...document.querySelectorAll('math')]
-    .map(m => [m.getBoundingClientRect().width, !!m.querySelector('merror')])]"""
+    .map(m => [m.getBoundingClientRect().width,
+        !!m.querySelector('merror') || /\\[[0-9.]+(ex|em|pt)\\]/.test(m.textContent)])]"""
 WIDEST = """() => [document.documentElement.scrollWidth, [...document.querySelectorAll('article *')]
     .filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3)
     .map(e => e.tagName + '.' + e.className)]"""
