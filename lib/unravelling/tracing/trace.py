@@ -131,7 +131,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def calls_of(node: fx.Node) -> Iterator[tuple[str, str]]:
-    """Yield the module calls around a node, outermost first, each as `Key` and name of the module."""
+    """Yield the module calls around a node, outermost first, each as ``Key`` and name of the module."""
     for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
         name = str(name).removeprefix("L['self'].").partition("@")[0]
         if name and not name.startswith(("_empty", "L['self']")):
