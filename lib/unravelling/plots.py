@@ -35,6 +35,7 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
     plt.rcParams.update({"figure.figsize": (WIDTH, 3.8), "figure.dpi": 144, "figure.constrained_layout.use": True})
     plt.rcParams.update({"axes.labelsize": 11.5, "axes.titlesize": 12, "figure.labelsize": 11.5})
+    plt.rcParams.update({"legend.handlelength": 1.6, "legend.handletextpad": 0.6, "legend.columnspacing": 1.2})
     plt.rcParams.update(dict.fromkeys(("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 11))
     plt.rcParams.update(dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False))
     plt.rcParams.update(dict.fromkeys(("figure.facecolor", "savefig.facecolor"), "white"))
