@@ -40,7 +40,8 @@ def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[n
     Returns:
         The lower and upper ends as fractions, in the shape of ``count``.
 
-    Raises TypeError or ValueError where a count lies outside 0 to ``images``, or an argument makes no sense.
+    Raises:
+        TypeError, ValueError: a count lies outside 0 to ``images``, or an argument makes no sense.
     """
     from scipy.special import ndtri  # imported when needed, as everywhere: scipy doubles the time of the import
 
@@ -86,7 +87,8 @@ def paired_bootstrap(
         resamples: how many.
         seed: of the resamples.
 
-    Raises TypeError or ValueError where there is no value, or an argument is of the wrong kind or size.
+    Raises:
+        TypeError, ValueError: there is no value, or an argument is of the wrong kind or size.
     """
     difference = _numbers("difference", difference)
     check_number(1, resamples=resamples)
@@ -113,7 +115,8 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
         The columns of ``by``, then ``mean``, ``low``, ``high`` and ``seeds``; the ends are NaN for a single seed.
         Missing values are no seeds.
 
-    Raises TypeError or ValueError where the table lacks a column, or ``value`` holds no numbers.
+    Raises:
+        TypeError, ValueError: the table lacks a column, or ``value`` holds no numbers.
     """
     from scipy.stats import t
 
