@@ -104,8 +104,8 @@ def test_every_notebook_has_an_edition_without_myst():
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
         assert notebook.cells[1].source == book.bootstrap(book.beside(notebook))
-        (name,) = re.findall(r"^(?:import|from) (interactive|judging)\b", "\n".join(c.source for c in notebook.cells),
-                             flags=re.M) or [None]
+        name, *_ = re.findall(r"^(?:import|from) (interactive|judging)\b", "\n".join(c.source for c in notebook.cells),
+                              flags=re.M) or [None]
         assert (f'find_spec("{name}")' in notebook.cells[1].source) == bool(name)
         texts = [cell.source for cell in notebook.cells]
         texts += ["".join(o.get("data", {}).get("text/markdown", "")) for c in book.code(notebook) for o in c.outputs]
