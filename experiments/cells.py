@@ -75,6 +75,7 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace,
                 raise ValueError(f"--threads {options.threads}: at least one is needed")
             torch.set_num_threads(options.threads)
         options.device = _device(options.device)
+        torch.backends.cudnn.allow_tf32 = False  # a GPU would else round float32 to 10 bits in every convolution
         work(options)
     except torch.OutOfMemoryError as error:
         print(f"error: {options.device} has too little memory for this one ({error})", file=sys.stderr)
