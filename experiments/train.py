@@ -56,7 +56,7 @@ def train(options: argparse.Namespace) -> None:
     total = recipe.epochs or math.ceil((recipe.iterations or 0) / (len(data.train) // recipe.batch_size))
     sweep(checkpoint)
     sweep(options.out)
-    fitting = partial(fit, chain, data, recipe, seed=options.seed, progress=sys.stderr.isatty())
+    fitting = partial(fit, chain, data, recipe, seed=options.seed, progress=sys.stderr.isatty(), graph=True)
     try:
         fitting(checkpoint=checkpoint, stop_after=0)  # only reads it
     except ValueError as error:
