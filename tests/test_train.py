@@ -352,6 +352,26 @@ def test_two_epochs_are_one_and_a_resumed_one_to_the_last_bit(data, tmp_path, re
     assert same_bits(plainly.state_dict(), straight.state_dict())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_steps_that_a_graph_repeats_are_the_same_steps(data, tmp_path, precision):
+    recipe = dataclasses.replace(TINY, batch_size=8, precision=precision)
+    histories = [
+        fit(net().cuda(), data, recipe, progress=False, graph=graph, checkpoint=tmp_path / f"{graph}.pt")
+        for graph in (False, True)
+    ]
+    pd.testing.assert_frame_equal(*histories, rtol=0.02)  # cuDNN may add up in another order from run to run
+    here = fit(net(1), data, recipe, progress=False, checkpoint=tmp_path / "True.pt")  # on the processor
+    pd.testing.assert_frame_equal(here, histories[1], check_exact=True)
+
+
+def test_without_a_gpu_there_is_no_graph(data):
+    chains = [net(), net()]
+    for chain, graph in zip(chains, (False, True), strict=True):
+        fit(chain, data, TINY, progress=False, graph=graph)
+    assert same_bits(*(chain.state_dict() for chain in chains))
+
+
 def test_a_finished_run_is_not_repeated(data, tmp_path, monkeypatch):
     chain, history = run(data, checkpoint=tmp_path / "a.pt")
     monkeypatch.setattr(type(data.train), "shuffled", lambda *a, **k: pytest.fail("trained again"))
