@@ -112,12 +112,13 @@ bench: .venv/.installed
 	@$(PIP) --requirement benchmarks/requirements.txt
 	$(RUN) benchmarks/bench.py $(BENCH)
 
-# Which small faults in a module do its tests miss? cosmic-ray, an hour or so: make mutants MODULE=chain SAMPLE=60
+# Which small faults in a module do its tests miss? cosmic-ray, an hour or so: make mutants MODULE=chain SEED=13
 MODULE = stats
 SAMPLE = 60
+SEED = 12
 mutants: .venv/.installed
 	@$(PIP) cosmic-ray
-	@$(RUN) tests/mutants.py $(MODULE) $(SAMPLE)
+	@$(RUN) tests/mutants.py $(MODULE) $(SAMPLE) $(SEED)
 
 clean:
 	rm -rf _build

@@ -33,6 +33,7 @@ FORMS = {
     "loader's": lambda: next(iter(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 6))),
     "named": lambda: Pair(X, Y),
     "arrays": lambda: (X.numpy(), Y.numpy()),
+    "other arrays": lambda: (np.flip(np.flip(X.numpy(), 3).copy(), 3), Y.numpy().astype(">i8")),  # in other layouts
     "float64": lambda: (X.double(), Y),
     "in a list": lambda: [(X, Y)],
     "lists in a list": lambda: [[X[:4], Y[:4]], [X[4:], Y[4:]]],

@@ -137,6 +137,35 @@ def test_a_device_that_is_not_there():
             call()
 
 
+@pytest.mark.parametrize("device", ["hpu", "privateuseone", "meta", "CPU", "", 3.5])
+def test_a_device_without_its_module_or_without_values(device):
+    with pytest.raises(ValueError, match=r"^device .* cannot be used here \(.*\): choose another, such as 'cpu'"):
+        digits().test.batches(10, device)
+
+
+def test_numbers_of_numpy_will_do():
+    test = digits().test
+    assert [len(y) for _, y in test.batches(np.int8(100))] == [100] * 5
+    x, y = next(test.shuffled(np.int64(7), torch.Generator(), crop=np.int64(1)))
+    assert (len(x), len(y)) == (7, 7)
+    assert len(test.stratified(np.int16(2))) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"crop": -1}, ValueError, "crop must be at least 0, not -1"),
+        ({"crop": 1.0}, TypeError, "crop must be a whole number, not 1.0"),
+        ({"crop": True}, TypeError, "crop must be a whole number, not True"),
+        ({"images": torch.zeros(1, 1, 8, 8)}, TypeError, "images must be a tensor (B, C, H, W) of torch.uint8"),
+        ({"images": torch.zeros(8, 8).byte()}, TypeError, "images must be a tensor (B, C, H, W) of torch.uint8"),
+    ],
+)
+def test_augmentations_that_make_no_sense(arguments, error, message):
+    with pytest.raises(error, match=rf"^{re.escape(message)}"):
+        augment(**{"images": digits().test.images[:3], "generator": torch.Generator()} | arguments)
+
+
 def test_load_dataset_knows_two_names():
     assert load_dataset("digits").name == "digits"
     with pytest.raises(ValueError, match=r"^unknown dataset 'mnist': expected digits or cifar10$"):
@@ -417,6 +446,12 @@ def test_nobody_said_where_the_data_is():
         cifar10()
 
 
+@pytest.mark.parametrize("root", ["~nobody-of-this-name/images", "a\0b"])
+def test_a_folder_that_cannot_be(root):
+    with pytest.raises((FileNotFoundError, ValueError), match=r"^no CIFAR-10 at ~nobody|names no file or folder$"):
+        cifar10(root)
+
+
 @pytest.mark.parametrize("made", [True, False])
 def test_no_data_there(tmp_path, made):
     folder = tmp_path / "nothing"
@@ -673,6 +708,20 @@ def test_an_overlarge_member_is_not_read(tmp_path, name):
         stream.write(member.tobuf() + bytes(2**16))
     with pytest.raises(ValueError, match=rf"\.tar\.xz: {name} has 1,099,511,627,776 bytes, expected 1,048,576 at most"):
         cifar10(tmp_path / "images.tar.xz")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_a_long_name_of_an_archive_is_no_bomb(tmp_path, monkeypatch, kind):
+    """Such an entry belongs to the next one, and is read in one go wherever it claims to end."""
+    member = tarfile.TarInfo("images/train/bird/large.png")
+    member.type, member.size = kind, 2**33
+    with lzma.open(tmp_path / "images.tar.xz", "w", preset=0) as stream:
+        stream.write(member.tobuf(tarfile.GNU_FORMAT) + bytes(2**16))
+    read, asked = lzma.LZMAFile.read, []
+    monkeypatch.setattr(lzma.LZMAFile, "read", lambda self, size=-1: (asked.append(size), read(self, size))[1])
+    with pytest.raises(ValueError, match=r"corrupt \(images/train/bird/large\.png has 8,589,934,592 bytes, expected"):
+        cifar10(tmp_path / "images.tar.xz")
+    assert max(asked) < 2**20
 
 
 def test_an_image_that_is_there_twice(root, tmp_path):

@@ -16,22 +16,30 @@ from unravelling import (
     Dataset,
     Unit,
     canonical_split,
+    delete_each,
+    delete_random,
     digits,
+    evaluate,
     gradient_by_length,
     gradient_norms,
     mean_length,
     path_gradients,
     path_norms,
     plain,
+    reestimate_batch_norm,
+    reorder,
+    replace_branches,
     resnet,
     sample_path_gradients,
     spectrum,
+    taylor_importance,
     vgg,
     weight_spectrum,
 )
 from unravelling.batches import inputs_and_labels
 from unravelling.chain import check_number, listed
 from unravelling.ensemble import average, disagreement, predictions, random_subnetworks, remove_members
+from unravelling.lesion import evaluate_variants, variant_logits
 from unravelling.nets import build
 from unravelling.paths import count, cross_entropy, length_distribution, surviving
 from unravelling.stats import error_difference, paired_bootstrap, seed_band, wilson
@@ -337,6 +345,15 @@ FUZZED = {
     predictions: {"chains": [CHAIN], "data": [(X, Y)]},
     random_subnetworks: {"chain": CHAIN, "data": [(X, Y)], "active": 3, "members": 2, "seed": 0},
     remove_members: {"logits": LOGITS, "labels": LABELS, "removed": [1], "trials": 2, "seed": 0},
+    evaluate: {"chain": CHAIN, "data": [(X, Y)]},
+    evaluate_variants: {"chain": CHAIN, "data": [(X, Y)], "variants": [range(6)], "loss": None, "max_memory": 9},
+    variant_logits: {"chain": CHAIN, "data": [(X, Y)], "variants": [range(6)], "dtype": None},
+    delete_each: {"chain": CHAIN, "data": [(X, Y)], "loss": None, "max_memory": 9, "dtype": None},
+    delete_random: {"chain": CHAIN, "data": [(X, Y)], "k": 1, "trials": 2, "seed": 0, "candidates": None},
+    reorder: {"chain": CHAIN, "data": [(X, Y)], "swaps": 1, "trials": 2, "seed": 0},
+    replace_branches: {"chain": CHAIN, "data": [(X, Y)], "kind": "mean", "seed": 0},
+    taylor_importance: {"chain": CHAIN, "data": [(X, Y)], "loss": None},
+    reestimate_batch_norm: {"chain": CHAIN, "batches": [(X, Y)]},
 }
 FUZZED[gradient_by_length] |= {"at": "stem", "max_length": 2, "dtype": torch.float64}
 FUZZED[path_norms]["seed"] = FUZZED[sample_path_gradients]["seed"] = 0
@@ -346,7 +363,7 @@ SYNONYMS = {
     **dict.fromkeys(["y", "labels"], r"\by\b|label|batch"),
     **dict.fromkeys(["count", "first", "second", "images"], r"counts|count|first|second|images|numbers"),
     **{
-        "chain": "chain|batch norm",
+        "chain": "chain|batch norm|network|logits",
         "chains": "chain|member",
         "units": "unit",
         "order": "order|unit",
@@ -360,6 +377,8 @@ SYNONYMS = {
         "lengths": "length",
     },
     **{"by": "column|table", "value": "column", "n": r"\bn\b|units", "d": r"\bd\b|units"},
+    **{"k": r"\bk\b|units", "swaps": "swap", "candidates": "unit|choose", "variants": "variant|unit|network"},
+    "batches": r"\bx\b|batch|inputs|network|statistics",
 }
 
 

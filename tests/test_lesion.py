@@ -242,7 +242,12 @@ def test_a_unit_of_ones_own_takes_its_place_in_a_variant(kind):
 
 
 @pytest.mark.parametrize(("variants", "error", "message"), [
-    ([], ValueError, "there are no variants: name at least one sequence of units, such as range(len(chain))"),
+    ([], ValueError, "variants is empty: expected at least one member"),
+    (None, TypeError, "variants is None: expected several, such as a list of one"),
+    ([3], TypeError, "variants must hold sequences of units, such as range(len(chain)): 'int' object is not iterable"),
+    (["ab"], TypeError, "variants must hold sequences of units, such as range(len(chain)): "
+     "'<' not supported between instances of 'str' and 'int'"),
+    ([[[1]]], TypeError, "variants must hold sequences of units, such as range(len(chain)): unhashable type: 'list'"),
     ([range(7)], IndexError, "unit 6 does not exist: this chain has units 0 to 5"),
     ([[0, ~6]], IndexError, "unit 6 does not exist: this chain has units 0 to 5"),
 ])
@@ -253,13 +258,75 @@ def test_variants_that_do_not_exist(function, variants, error, message):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("function", [delete_each, replace_branches])
-def test_a_network_that_computes_nan_is_refused(function):
+EVERY = {
+    "delete_each": delete_each,
+    "delete_random": lambda chain, data: delete_random(chain, data, 1, 2),
+    "reorder": lambda chain, data: reorder(chain, data, 1, 2),
+    "replace_branches": replace_branches,
+    "the mean alone": lambda chain, data: replace_branches(chain, data, "mean"),
+    "taylor_importance": taylor_importance,
+    "reestimate_batch_norm": reestimate_batch_norm,
+    "variant_logits": lambda chain, data: variant_logits(chain, data, [range(6)]),
+}
+"""All functions of a chain and data."""
+
+
+@pytest.mark.parametrize("function", EVERY)
+@pytest.mark.parametrize("where", ["weights", "statistics"])
+def test_a_network_that_computes_nan_is_refused(function, where):
     chain = small("pre")
     with torch.no_grad():
-        chain.units[2].branch[-1].weight[0] = torch.nan
-    with pytest.raises(ValueError, match=r"^the intact network's loss is NaN: look for NaN in its weights"):
-        function(chain, BATCHES)
+        if where == "weights":
+            chain.units[2].branch[-1].weight[0] = torch.nan
+        else:
+            chain.units[2].branch[0].running_var[0] = torch.nan
+    if function == "reestimate_batch_norm" and where == "statistics":
+        assert EVERY[function](chain, BATCHES).units[2].branch[0].running_mean.isfinite().all()
+        return
+    with pytest.raises(ValueError, match=r"(is|are) (NaN|not finite): look for NaN .*weights"):
+        EVERY[function](chain, BATCHES)
+
+
+X, Y = images(4)
+UNFIT = {
+    "colours": [(X.repeat(1, 3, 1, 1), Y)],
+    "bytes": [(X.byte(), Y)],
+    "complex numbers": [(X.to(torch.complex64), Y)],
+    "no pixels": [(X[..., :0], Y)],
+    "another rank": [(X.flatten(), Y.repeat(64))],
+    "single images": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=None),
+}
+
+
+@pytest.mark.parametrize("data", UNFIT)
+@pytest.mark.parametrize("function", EVERY)
+def test_inputs_that_the_network_cannot_take_are_named(function, data):
+    with pytest.raises(ValueError, match=r"^the network cannot take x, inputs of shape \([\d, ]+\) \w+: "):
+        EVERY[function](small("pre"), UNFIT[data])
+
+
+@pytest.mark.parametrize("loss", ["cross entropy", lambda: 1, lambda logits, y: None, lambda logits, y: logits,
+                                  nn.CrossEntropyLoss, lambda logits, y: cross_entropy(logits, logits[0].long())])
+@pytest.mark.parametrize("function", [delete_each, taylor_importance])
+def test_what_is_no_loss_is_named(function, loss):
+    message = r"^loss gives no number for each image of the logits of shape \(4, 10\) float32: "
+    with pytest.raises(ValueError, match=message):
+        function(small("pre"), (X, Y), loss=loss)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", float, torch.int64, torch.float64, torch.float32])
+def test_a_type_that_there_is_no_autocast_for(dtype):  # torch would only warn, and compute as before
+    with pytest.raises(TypeError, match=r"^dtype is .*: expected torch\.bfloat16 or torch\.float16, or None"):
+        delete_each(small("pre"), BATCHES, dtype=dtype)
+
+
+def test_importance_needs_a_gradient_and_a_branch():
+    for chain, loss in ((small("pre"), lambda logits, y: 1.0), (small("pre"), lambda logits, y: logits.detach().sum()),
+                        (small("pre").without(*range(6)), None)):
+        with pytest.raises(ValueError, match=r"^no unit has a branch, or the loss no gradient: compute it from the"):
+            taylor_importance(chain, BATCHES, loss)
+    with pytest.raises(ValueError, match=r"^the gradient is NaN"):
+        taylor_importance(small("pre"), BATCHES, lambda logits, y: logits.sum() * torch.nan)
 
 
 def test_lower_precision_changes_errors_by_less_than_their_interval():
@@ -409,14 +476,10 @@ def test_no_trials(function, trials):
         function(small("pre"), BATCHES, 1, trials)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [delete_each, lambda c, d: delete_random(c, d, 1, 2), lambda c, d: reorder(c, d, 1, 2), replace_branches,
-     taylor_importance, reestimate_batch_norm, lambda c, d: evaluate_variants(c, d, [[0]])],
-)
+@pytest.mark.parametrize("function", EVERY)
 def test_what_is_no_chain(function):
     with pytest.raises(TypeError, match=r"^chain is a Linear: expected a Chain"):
-        function(nn.Linear(2, 2), BATCHES)
+        EVERY[function](nn.Linear(2, 2), BATCHES)
 
 
 @pytest.mark.parametrize("label", [-1, 10])
@@ -647,6 +710,17 @@ def test_statistics_are_not_estimated_from_nothing(batches):
         reestimate_batch_norm(small("pre"), batches)
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e30])
+def test_statistics_of_numbers_that_are_too_large_are_refused(value):
+    x = X.clone()
+    x[1, 0, 3, 3] = value
+    chain = small("pre")
+    before = snapshot(chain)
+    with pytest.raises(ValueError, match=r"^the statistics are not finite: look for NaN and for huge numbers in"):
+        reestimate_batch_norm(chain, [(X, Y), (x, Y)])
+    assert snapshot(chain) == before
+
+
 # ---------------------------------------------------------------- other lesions than deletions
 
 
@@ -775,6 +849,8 @@ def test_rows_of_several_kinds_are_those_of_each():
         ours, alone = together[together["kind"] == kind], replace_branches(chain, DOUBLES, kind)
         np.testing.assert_allclose(ours["loss"], alone["loss"], rtol=1e-9)
         assert (alone["kind"] == kind).all()
+    assert replace_branches(chain, DOUBLES, ["mean", "resample", "mean"]).equals(
+        replace_branches(chain, DOUBLES, ("mean", "resample")))
 
 
 def test_a_unit_without_a_branch_has_no_values():
@@ -789,15 +865,21 @@ def test_a_unit_without_a_branch_has_no_values():
 @pytest.mark.parametrize(("arguments", "data", "message"), [
     (["means"], BATCHES, "kind='means' names no way to replace a branch: "
      "choose from mean, resample, noise, added noise"),
-    ([[]], BATCHES, "kind=[] names no way to replace a branch: choose from mean, resample, noise, added noise"),
+    ([["mean", 3]], BATCHES, "kind=['mean', 3] names no way to replace a branch: "
+     "choose from mean, resample, noise, added noise"),
+    ([[]], BATCHES, "kind is empty: expected at least one member"),
     (["resample"], [images(1)], "a batch of one image has no other to take a branch from: pass larger batches"),
     (["mean"], iter(BATCHES), "there are no batches: an iterator can be used only once, so pass a list or a loader"),
     (["mean"], [images(2), images(2, size=16)],
      "the branches' outputs differ in size between batches: pass inputs of one size"),
 ])
 def test_replacements_that_cannot_be_made(arguments, data, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
         replace_branches(small("pre"), data, *arguments)
+    with pytest.raises(TypeError, match=r"^kind is None: expected several"):
+        replace_branches(small("pre"), data, None)
+    with pytest.raises(ValueError, match=r"^no unit has a branch that could be replaced$"):
+        replace_branches(small("pre").without(*range(6)), BATCHES, "noise")
 
 
 @pytest.mark.parametrize("kind", ["pre", "post-projection", "plain"])

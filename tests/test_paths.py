@@ -32,7 +32,7 @@ from unravelling import (
     spectrum,
     weight_spectrum,
 )
-from unravelling.chain import Remainder
+from unravelling.chain import Change
 
 KINDS = {
     "pre": lambda depth, seed: resnet(depth, width=3, in_channels=1, seed=seed),
@@ -380,7 +380,7 @@ def test_lengths_with_the_batchs_own_statistics_by_brute_force():
 def test_canonical_split_against_the_whole_jacobian(kind):
     chain = randomized(KINDS[kind](14, 3), 3, torch.float64)
     for unit in chain.units[::3]:
-        unit.branch = Remainder(unit.branch, -0.3)  # a trace away from 0
+        unit.branch = Unit(unit.branch, Change(lambda y: -0.3 * y))  # a trace away from 0
     x, y = images(2, dtype=torch.float64)
     table = canonical_split(chain.without(1), x, samples=40, seed=1)
     assert table["unit"].tolist() == list(range(6))

@@ -51,6 +51,26 @@ def test_a_folder_of_ones_own_is_read_instead(project, tmp_path):
     assert set(stored("digits/delete_each")["network"]) == {"resnet110"}
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe", b"<<<<<<< HEAD\n", b"a,b\n1,2\n", b"dataset,network,seed,recipe\n1,2,3,4\n1,2,3,4,5\n",
+     b'dataset,network,seed,recipe\n"a'],
+)  # fmt: skip
+def test_a_broken_table_is_named(project, content):
+    path = project / "data/results/digits/delete_each.csv"
+    path.write_bytes(content)
+    for call in (lambda: stored("digits/delete_each"), lambda: both("delete_each")):
+        with pytest.raises(ValueError, match=rf"^{path} is broken \((.|\n)+\): restore it by git, or install"):
+            call()
+
+
+def test_a_broken_record_is_named_with_its_line(project):
+    path = project / "data/results/digits/provenance.json"
+    path.write_text('{\n"a": [\n')
+    with pytest.raises(ValueError, match=rf"^{path} is broken \(.*line 3.*\): restore it by git, or install"):
+        data_label("digits")
+
+
 def test_names_that_are_not_stored_are_answered_with_those_that_are(project, tmp_path):
     there = "there are cifar10/delete_each, digits/delete_each$"
     with pytest.raises(FileNotFoundError, match=f"^no stored results 'digits/reorder': {there}"):

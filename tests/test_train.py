@@ -101,10 +101,13 @@ def test_steps_by_hand():
         ({"epochs": 1, "batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"epochs": 1, "schedule": "cosine"}, "recipe 'x': schedule 'cosine' is not one of onecycle, steps"),
         ({"epochs": 1, "precision": "int8"}, "recipe 'x': precision 'int8' is not one of float32, bfloat16, auto"),
+        ({"epochs": 1, "nesterov": "no"}, "recipe 'x': nesterov, flip and rescale must be True or False"),
+        ({"epochs": 1, "flip": None}, "recipe 'x': nesterov, flip and rescale must be True or False"),
+        ({"epochs": 1, "rescale": 0}, "recipe 'x': nesterov, flip and rescale must be True or False"),
     ],
 )
 def test_recipes_that_make_no_sense(options, message):
-    with pytest.raises(ValueError, match=r"recipe|must be") as caught:
+    with pytest.raises((ValueError, TypeError), match=r"recipe|must be") as caught:
         Recipe("x", **options)
     assert str(caught.value) == message
 
@@ -372,6 +375,39 @@ def test_without_a_gpu_there_is_no_graph(data):
     assert same_bits(*(chain.state_dict() for chain in chains))
 
 
+def test_numbers_of_numpy_train_and_are_kept_as_any(data, tmp_path):
+    numbers = {name: np.int64(getattr(TINY, name)) for name in ("epochs", "batch_size", "crop", "warmup")}
+    theirs, _ = run(data, dataclasses.replace(TINY, **numbers), np.int64(3), checkpoint=tmp_path / "a.pt", stop_after=1)
+    ours, _ = run(data, TINY, 3, checkpoint=tmp_path / "a.pt", stop_after=0)
+    assert same_bits(theirs.state_dict(), ours.state_dict())
+
+
+def test_a_network_of_another_type_is_trained_in_it_and_is_another_one(data, tmp_path):
+    chains = [net().to(dtype) for dtype in (torch.float64, torch.float32)]
+    histories = [fit(chain, data, TINY, progress=False, checkpoint=tmp_path / f"{i}.pt")
+                 for i, chain in enumerate(chains)]  # fmt: skip
+    assert {p.dtype for p in chains[0].parameters()} == {torch.float64}
+    assert histories[0]["train_loss"].tolist() == pytest.approx(histories[1]["train_loss"].tolist(), rel=0.02)
+    for i, chain in enumerate(reversed(chains)):
+        with pytest.raises(ValueError, match="belongs to another network"):
+            fit(chain, data, TINY, progress=False, checkpoint=tmp_path / f"{i}.pt")
+
+
+def test_networks_that_cannot_be_trained(data):
+    for chain in (net().requires_grad_(False), Chain(nn.Flatten(), [], nn.ReLU())):
+        with pytest.raises(ValueError, match=r"^no parameter of the network can be trained"):
+            fit(chain, data, TINY, progress=False)
+
+
+def test_a_pipe_is_no_checkpoint(data, tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"^checkpoint .*a\.pt cannot be read \(it is no file\): delete it"):
+        run(data, checkpoint=tmp_path / "a.pt")
+    os.mkdir(tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"^checkpoint .*b\.pt cannot be read \(it is no file\): delete it"):
+        run(data, checkpoint=tmp_path / "b.pt")
+
+
 def test_a_finished_run_is_not_repeated(data, tmp_path, monkeypatch):
     chain, history = run(data, checkpoint=tmp_path / "a.pt")
     monkeypatch.setattr(type(data.train), "shuffled", lambda *a, **k: pytest.fail("trained again"))
@@ -623,8 +659,30 @@ def test_a_network_that_returns_nan_is_not_scored(data):
     chain = net()
     with torch.no_grad():
         next(chain.parameters()).fill_(math.nan)
-    with pytest.raises(ValueError, match="logits are NaN: the network's weights or the inputs are, or its"):
+    with pytest.raises(ValueError, match=r"^logits are NaN or infinite: look at weights and inputs, or the training"):
         evaluate(chain, data.validation)
+
+
+@pytest.mark.parametrize("values", [[math.inf], [-math.inf], [math.inf, 0.0], [math.nan, 0.0]])
+def test_logits_that_give_no_loss_are_not_scored(values):
+    class Head(nn.Module):
+        def forward(self, y):
+            return torch.tensor(values).repeat(len(y), 2)
+
+    chain = net()
+    chain.head = Head()
+    with pytest.raises(ValueError, match=r"^logits are NaN or infinite"):
+        evaluate(chain, (images(3)[0], torch.zeros(3).long()))
+
+
+def test_a_class_that_is_ruled_out_is_no_fault():
+    class Head(nn.Module):
+        def forward(self, y):
+            return torch.tensor([[-math.inf, 0.0, 0.0]]).repeat(len(y), 1)
+
+    chain = net()
+    chain.head = Head()
+    assert evaluate(chain, (images(3)[0], torch.ones(3).long()))["loss"] == pytest.approx(math.log(2))
 
 
 JUNK = [

@@ -46,7 +46,7 @@ def move(x: Any, module: nn.Module) -> Any:
         values = [move(value, module) for value in x]
         return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
     if isinstance(x, np.ndarray):
-        x = torch.from_numpy(x)
+        x = torch.from_numpy(x.astype(x.dtype.newbyteorder("="), order="C"))  # torch knows no other layouts
     if not isinstance(x, Tensor):
         return x
     x = x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x  # so that gradients can flow
@@ -64,7 +64,7 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 def check_labels(logits: Tensor, labels: Any) -> None:
     """Raise TypeError or ValueError unless labels ``(…)`` are classes for logits ``(…, K)``, or -100."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         kind = f"has the type {labels.dtype}" if isinstance(labels, Tensor) else f"is a {type(labels).__name__}"
         raise TypeError(f"y, the labels, {kind}: expected a tensor of classes, such as y.long()")
     if not labels.dim() or labels.shape != logits.shape[:-1]:
@@ -89,16 +89,16 @@ def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def named_failure(x: Any) -> Iterator[None]:
-    """Say in a ``with`` block around a network that it cannot take ``x`` (ValueError), where torch says less."""
+def named_failure(x: Any, what: str = "the network cannot take x, inputs") -> Iterator[None]:
+    """Say in a ``with`` block what cannot be done with ``x``, tensors of some shape (ValueError): torch says less."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in _tensors(x))
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the network cannot take x, inputs of shape {shapes or '()'}: {reason}") from error
+        raise ValueError(f"{what} of shape {shapes or '()'}: {reason}") from error
 
 
 def inputs_and_labels(chain: nn.Module, batch: Any, *, labels: bool = True) -> tuple[Any, Any]:
@@ -130,13 +130,10 @@ def inputs_and_labels(chain: nn.Module, batch: Any, *, labels: bool = True) -> t
         raise TypeError(f"chain is a {type(chain).__name__}: expected a network, an nn.Module")
     if device_of(chain).type == "meta":
         raise ValueError("the network's weights are on the device meta, where they have no values: load them first")
-    parts = {"x": x, "y": y if labels else None}
-    for name, part in parts.items():
-        try:
-            parts[name] = move(part, chain)
-        except (TypeError, NotImplementedError) as error:
-            raise TypeError(f"{name} cannot be brought to the network: {error}") from error
-    x, y = parts.values()
+    try:
+        x, y = move((x, y if labels else None), chain)
+    except (TypeError, NotImplementedError) as error:
+        raise TypeError(f"x, the inputs, or y, the labels, cannot be brought to the network: {error}") from error
     tensors, lengths = [*_tensors(x)], [len(part) for part in (x, y) if isinstance(part, Tensor) and part.dim()]
     if not tensors and (isinstance(x, (Split, Dataset)) or not hasattr(x, "to")):
         kind = type(x).__name__

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from numbers import Integral, Real
+from operator import mul
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -49,28 +51,16 @@ def listed(**values: Any) -> list:
     return several
 
 
-class Scale(nn.Module):
-    """Multiplication by a fixed number."""
+class Change(nn.Module):
+    """A function of a tensor as a module, such as one that changes what a branch returns."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.factor = factor
+        self.function = function
 
     def forward(self, y: Tensor) -> Tensor:
-        """Map a tensor of any shape to its multiple."""
-        return self.factor * y
-
-
-class Remainder(nn.Module):
-    """A branch with a multiple of its input added: f(y) + factor·y."""
-
-    def __init__(self, branch: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.branch, self.factor = branch, factor
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Map a tensor of any shape to one of the same shape."""
-        return self.branch(y) + self.factor * y
+        """Map a tensor of any shape to what the function makes of it."""
+        return self.function(y)
 
 
 class NoSkip(nn.Module):
@@ -150,18 +140,14 @@ class Unit(nn.Module):
         return not isinstance(self.skip, NoSkip)
 
     def deleted(self) -> Unit:
-        """Return a unit that shares this one's skip and post, and has no branch.
-
-        Raises:
-            ValueError: the unit has no skip and changes the shape of its state.
-        """
+        """Return a unit that shares this one's skip and post and has no branch; a ValueError without a skip."""
         if isinstance(self.skip, NoSkip):
             raise self.skip.error()
         return self._with(None)
 
     def scaled(self, factor: float) -> Unit:
         """Return a unit that shares this one's parts and multiplies the branch by ``factor``."""
-        return self.then(Scale(factor))
+        return self.then(Change(partial(mul, factor)))
 
     def then(self, change: nn.Module) -> Unit:
         """Return a unit that shares this one's parts and puts ``change`` of the branch in the branch's place."""
@@ -174,7 +160,7 @@ class Unit(nn.Module):
         """
         if self.branch is None or not self.residual or not self.has_identity_skip:
             return self
-        return self._with(Remainder(self.branch, 1 - c), Scale(c))
+        return self._with(Unit(self.branch, Change(partial(mul, 1 - c))), Change(partial(mul, c)))
 
     def _with(self, branch: nn.Module | None, skip: nn.Module | None = None) -> Unit:
         options: dict[str, Any] = {"name": self.name, "stage": self.stage, "transition": self.is_transition}

@@ -41,8 +41,8 @@ def _check_tensor(name: str, value: Any, dtype: torch.dtype, dimensions: str) ->
 
 def _check_device(device: Device) -> None:
     try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        torch.zeros((), device=device).item()
+    except (AssertionError, RuntimeError, TypeError, ValueError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {device!r} cannot be used here ({reason}): choose another, such as 'cpu'") from error
 
@@ -87,7 +87,7 @@ class Split:
 
     def batches(self, size: int = 500, device: Device = "cpu") -> list[tuple[Tensor, Tensor]]:
         """Return all images in order as normalised batches ``(B, C, H, W)`` with labels ``(B,)``."""
-        check_number(1, size=size)
+        size = check_number(1, size=size)
         _check_device(device)
         pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
         return [(self.normalize(x.to(device)), y.to(device)) for x, y in pairs]
@@ -100,8 +100,7 @@ class Split:
         They are augmented as by `augment`. The generator of order, crops and flips is on the CPU, so that every
         ``device``, to which the batches go, sees the same ones.
         """
-        check_number(1, size=size)
-        check_number(crop=crop)
+        size = check_number(1, size=size)
         _check_device(device)
         if size > len(self):
             raise ValueError(f"a batch of {size} images needs at least as many: this split has {len(self)}")
@@ -120,8 +119,7 @@ class Split:
     def stratified(self, per_class: int) -> Split:
         """Return the split of the first ``per_class`` images of every class, in their old order; always the same ones.
 
-        Raises:
-            ValueError: a class has fewer images.
+        Raises ValueError where a class has fewer.
         """
         check_number(1, per_class=per_class)
         members = [torch.nonzero(self.labels == label).flatten() for label in self.labels.unique()]
@@ -151,8 +149,9 @@ class Dataset:
 
 def augment(images: Tensor, generator: torch.Generator, *, crop: int = 0, flip: bool = False) -> Tensor:
     """Return images ``(B, C, H, W)`` shifted by up to ``crop`` pixels each way over zeros, half of them mirrored."""
+    _check_tensor("images", images, torch.uint8, "BCHW")
     b, _, h, w = images.shape
-    if crop:
+    if crop := check_number(crop=crop):
         top, left = torch.randint(2 * crop + 1, (2, b, 1), generator=generator)
         padded = torch.nn.functional.pad(images, (crop,) * 4)
         rows, columns = top + torch.arange(h), left + torch.arange(w)
@@ -227,12 +226,12 @@ def cifar10(
         raise ValueError(f"per_class {per_class!r} must be two numbers, of images to train on and to test on")
     check_number(2, per_class=per_class[0])
     check_number(1, per_class=per_class[1])
-    root, copy = check_path(root=root).expanduser(), ""
+    root, copy = check_path(root=root), ""
     if download or (root / "cifar-10-batches-py").is_dir():
         pool, test = (_torchvision_files(root, train, download) for train in (True, False))
     else:
         folder = os.environ.get("UNRAVELLING_CACHE") or "~/.cache/unravelling" if cache is None else cache
-        decoded, copy = _cached(_find_images(root), check_path(cache=folder).expanduser())
+        decoded, copy = _cached(_find_images(root), check_path(cache=folder))
         pool, test = ((decoded[f"{split}_images"], decoded[f"{split}_labels"]) for split in SPLITS)
     for split, (_, labels), expected in zip(SPLITS, (pool, test), per_class, strict=True):
         for name, count in zip(CIFAR10_CLASSES, labels.bincount(minlength=10).tolist(), strict=True):
@@ -267,6 +266,17 @@ def _find_images(root: Path) -> Path:
     )
 
 
+class _Member(tarfile.TarInfo):
+    """An entry of an archive; one that is no file, such as a long name, is refused by its size before it is read."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        if member.size > LARGEST and not member.isreg():
+            raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes, expected {LARGEST:,} at most")
+        return member
+
+
 def _admit(source: Path, name: str, is_file: bool, size: int) -> None:
     """Raise ValueError for what is no file of an image of 32×32 pixels, before anything of it is read."""
     if not is_file:
@@ -297,8 +307,8 @@ def _image_files(source: Path) -> Iterator[tuple[str, bytes]]:
     import lzma  # Python can be built without it
 
     try:
-        with lzma.open(source) as stream, tarfile.open(fileobj=stream) as archive:  # nothing is extracted
-            for member in archive:
+        with lzma.open(source) as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive:
+            for member in archive:  # nothing is extracted
                 parts = PurePosixPath(member.name).parts[-3:]
                 wanted = len(parts) == 3 and parts[0] in SPLITS
                 _admit(source, member.name, member.isreg() or not wanted, member.size)
@@ -350,7 +360,7 @@ def _cached(source: Path, folder: Path) -> tuple[dict[str, Tensor], str]:
     path, began = folder / f"cifar10-{checksum([str(source.resolve()), state])[:16]}.safetensors", time.time()
     with contextlib.suppress(ValueError):  # not there, or damaged
         about, decoded = read_tensors(path)
-        if "checksum" in about:
+        if about:
             return decoded, about["copy"]
     decoded, copy = _decode(source)
     write_tensors(path, decoded, {"copy": copy})
@@ -361,21 +371,17 @@ def _cached(source: Path, folder: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def check_path(**path: Any) -> Path:
-    """Return the one argument given by name as a path, or raise TypeError or ValueError where it can be none."""
+    """Return the one argument given by name as a path, ``~`` being the home, or raise TypeError or ValueError."""
     ((name, value),) = path.items()
     if not isinstance(value, (str, Path)):
         raise TypeError(f"{name} is a {type(value).__name__}: expected a path")
-    if not Path(value).name:
+    if not Path(value).name or "\0" in str(value):
         raise ValueError(f"{name} {str(value)!r} names no file or folder")
-    return Path(value)
+    return Path(os.path.expanduser(value))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors as a safetensors file with a header of JSON values, and a checksum of both in it.
-
-    Raises:
-        OSError: as `write_atomically`.
-    """
+    """Write tensors, as `write_atomically`, to a safetensors file with a header of JSON values, and a checksum."""
     try:
         head = json.loads(json.dumps(about))
     except (TypeError, ValueError) as error:
@@ -385,10 +391,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: Mapping[str, An
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the header and the tensors of a file of `write_tensors`; of another's, an empty header.
+    """Return header and tensors of a file of `write_tensors`; of another's, an empty header.
 
-    Raises:
-        ValueError: the file cannot be read, or its content does not match its checksum.
+    Raises ValueError where the file cannot be read, or its content does not match its checksum.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -398,19 +403,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from error
     try:
         head = dict(json.loads(metadata["unravelling"]))
+        stated = head.pop("checksum")
     except (KeyError, TypeError, ValueError):
         return {}, tensors
-    content = {key: value for key, value in head.items() if key != "checksum"}
-    if "checksum" in head and head["checksum"] != checksum([content, tensors]):
+    if stated != checksum([head, tensors]):
         raise ValueError(f"{path} is damaged: its content does not match its checksum. Fetch it again")
-    return head, tensors
+    return head | {"checksum": stated}, tensors
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary)`` and rename the result to ``path``, so that ``path`` is never half-written.
 
-    Raises:
-        OSError: the file could not be written; an earlier one is kept.
+    Raises OSError where the file could not be written; an earlier one is kept.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

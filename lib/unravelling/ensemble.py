@@ -57,8 +57,7 @@ def remove_members(
         their ``disagreement`` (NaN for one), then the columns of `unravelling.lesion.summarize`, where the intact
         network is the whole ensemble.
 
-    Raises:
-        ValueError: nothing would be left, or there are no trials.
+    Raises ValueError where nothing would be left, or there are no trials.
     """
     check_number(1, trials=1 if trials is None else trials)
     logits = _members(logits)
@@ -97,8 +96,7 @@ def random_subnetworks(
     Returns:
         Logits ``(members, images, K)`` and labels ``(images,)``, as of an ensemble.
 
-    Raises:
-        ValueError: more active units than there are, or no members.
+    Raises ValueError for more active units than there are, or for no members.
     """
     check_number(1, members=members)
     if check_number(active=active) > len(check_chain(chain)):

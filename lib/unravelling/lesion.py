@@ -1,4 +1,8 @@
-"""Lesion studies: delete units of a trained chain and measure what happens (Veit et al., 2016, section 4)."""
+"""Lesion studies: delete units of a trained chain and measure what happens (Veit et al., 2016, section 4).
+
+Every function of a chain and data raises TypeError for an argument of the wrong kind, and ValueError where there are no
+batches or no labels to score, where the network cannot take them or computes NaN, or where a number makes no sense.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import NOTHING, Batches, device_of, eval_mode, iterate, scores
-from .chain import Chain, Unit, check_chain, check_number, listed
+from .batches import NOTHING, Batches, device_of, eval_mode, iterate, named_failure, scores
+from .chain import Chain, Change, Unit, check_chain, check_number, listed
 from .data import Split
 from .stats import paired_bootstrap, wilson
 
@@ -34,17 +38,19 @@ KINDS = ("mean", "resample", "noise", "added noise")
 def _parts(chain: Chain, variants: Variants) -> tuple[list[Unit], list[list[int]]]:
     """Return the different units of the variants, and every variant as their numbers in this list."""
     check_chain(chain)
-    if not variants:
-        raise ValueError("there are no variants: name at least one sequence of units, such as range(len(chain))")
-    parts, numbers = [], {}
-    for number, entry in enumerate(dict.fromkeys(entry for variant in variants for entry in variant)):
-        numbers[entry] = number
-        if isinstance(entry, Unit):
-            parts.append(entry)
-        else:
-            (i,) = chain.check_indices([~entry if entry < 0 else entry])
-            parts.append(chain.units[i].deleted() if entry < 0 else chain.units[i])
-    return parts, [[numbers[entry] for entry in variant] for variant in variants]
+    parts, numbers, several = [], {}, listed(variants=variants)
+    try:
+        rows = [tuple(variant) for variant in several]
+        for number, entry in enumerate(dict.fromkeys(entry for row in rows for entry in row)):
+            numbers[entry] = number
+            if isinstance(entry, Unit):
+                parts.append(entry)
+            else:
+                (i,) = chain.check_indices([~entry if entry < 0 else entry])
+                parts.append(chain.units[i].deleted() if entry < 0 else chain.units[i])
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"variants must hold sequences of units, such as range(len(chain)): {error}") from error
+    return parts, [[numbers[entry] for entry in row] for row in rows]
 
 
 def _can_stack(chain: Chain, images: int, y: Any) -> bool:
@@ -64,35 +70,36 @@ def _run(
     launch serves many. Of a layer that does not fit, the rest waits, and with it the states from which it goes on.
     Where only one prefix fits, this is a walk in depth.
     """
-    layer, depth = [(chain.stem(x), list(range(len(variants))))], 0  # states, and the variants that begin with each
-    stacked, longest = _can_stack(chain, images, layer[0][0]), max(map(len, variants))
-    waiting: list[tuple[int, list[tuple[int, Any, list[int]]]]] = []  # depth, and steps: unit, state, variants
-    while layer or waiting:
-        steps: list[tuple[int, Any, list[int]]] = []
-        for state, members in layer:
-            if ended := [v for v in members if len(variants[v]) == depth]:
-                logits = chain.head(state)
-                yield from ((v, logits) for v in ended)
-            onward = sorted((variants[v][depth], v) for v in members if len(variants[v]) > depth)
-            steps += [(i, state, [v for _, v in some]) for i, some in groupby(onward, key=itemgetter(0))]
-        if steps:
-            most = 1
-            if stacked:
-                kept = [step[1].untyped_storage() for _, piece in [*waiting, (depth, steps)] for step in piece]
-                held = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
-                size = steps[0][1].nbytes
-                spare = max_memory - held - (longest - depth) * size  # a walk in depth may keep a state a unit
-                most = max(1, spare // (2 * size))  # the states as one batch, and what comes out
-            steps.sort(key=itemgetter(0))
-            waiting += [(depth, steps[i : i + most]) for i in reversed(range(0, len(steps), most))]
-        layer = []
-        if waiting:
-            depth, steps = waiting.pop()
-            for i, some in groupby(steps, key=itemgetter(0)):
-                _, states, groups = zip(*some, strict=True)
-                out = parts[i](states[0] if len(states) == 1 else torch.cat(states))
-                layer += zip([out] if len(states) == 1 else out.split(images), groups, strict=True)
-            depth += 1
+    with named_failure(x):
+        layer, depth = [(chain.stem(x), list(range(len(variants))))], 0  # states, and the variants that begin with each
+        stacked, longest = _can_stack(chain, images, layer[0][0]), max(map(len, variants))
+        waiting: list[tuple[int, list[tuple[int, Any, list[int]]]]] = []  # depth, and steps: unit, state, variants
+        while layer or waiting:
+            steps: list[tuple[int, Any, list[int]]] = []
+            for state, members in layer:
+                if ended := [v for v in members if len(variants[v]) == depth]:
+                    logits = chain.head(state)
+                    yield from ((v, logits) for v in ended)
+                onward = sorted((variants[v][depth], v) for v in members if len(variants[v]) > depth)
+                steps += [(i, state, [v for _, v in some]) for i, some in groupby(onward, key=itemgetter(0))]
+            if steps:
+                most = 1
+                if stacked:
+                    kept = [step[1].untyped_storage() for _, piece in [*waiting, (depth, steps)] for step in piece]
+                    held = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+                    size = steps[0][1].nbytes
+                    spare = max_memory - held - (longest - depth) * size  # a walk in depth may keep a state a unit
+                    most = max(1, spare // (2 * size))  # the states as one batch, and what comes out
+                steps.sort(key=itemgetter(0))
+                waiting += [(depth, steps[i : i + most]) for i in reversed(range(0, len(steps), most))]
+            layer = []
+            if waiting:
+                depth, steps = waiting.pop()
+                for i, some in groupby(steps, key=itemgetter(0)):
+                    _, states, groups = zip(*some, strict=True)
+                    out = parts[i](states[0] if len(states) == 1 else torch.cat(states))
+                    layer += zip([out] if len(states) == 1 else out.split(images), groups, strict=True)
+                depth += 1
 
 
 def _results(
@@ -100,13 +107,16 @@ def _results(
     max_memory: int = MAX_MEMORY, dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
-    parts, numbered = _parts(chain, [tuple(variant) for variant in variants])
+    parts, numbered = _parts(chain, variants)
+    max_memory = check_number(max_memory=max_memory)
+    if not any(dtype is kind for kind in (None, torch.bfloat16, torch.float16)):
+        raise TypeError(f"dtype is {dtype!r}: expected torch.bfloat16 or torch.float16, or None for the chain's own")
     for x, y in iterate(chain, data):
         images = len(y) if isinstance(y, Tensor) and y.dim() else 0
         found: list[Any] = [None] * len(numbered)
         cast = nullcontext() if dtype is None else torch.autocast(device_of(chain).type, dtype)
         with eval_mode(chain), torch.inference_mode(), cast:  # around the model alone: the iterator is the caller's
-            for v, out in _run(chain, x, images, numbered, parts, check_number(max_memory=max_memory)):
+            for v, out in _run(chain, x, images, numbered, parts, max_memory):
                 found[v] = result(out, y)
         yield found, y
 
@@ -120,6 +130,8 @@ def variant_logits(
     """
     batches = list(_results(chain, data, variants, lambda out, _: out.float().cpu().numpy(), **options))
     logits = np.concatenate([np.stack(found) for found, _ in batches], 1)
+    if np.isnan(logits).any():
+        raise ValueError("logits are NaN: look for NaN in the network's weights, statistics and inputs")
     return logits, np.concatenate([y.cpu().numpy() for _, y in batches])
 
 
@@ -147,9 +159,7 @@ def evaluate_variants(
         counts as an image, and both are means over its tokens, times their number over the average one: so the mean
         over rows is the mean over all tokens. With a ``loss``, ``wrong`` is NaN where the labels are no classes.
 
-    Raises:
-        TypeError, ValueError: a unit cannot be deleted, there are no variants, or there is no label to score.
-        IndexError: a unit does not exist.
+    Raises ValueError where a unit cannot be deleted, and IndexError where there is none.
     """
     batches = [
         [torch.stack(scores).numpy() for scores in zip(*found, strict=True)]
@@ -182,8 +192,9 @@ def _score_batch(out: Tensor, y: Any, loss: Loss | None) -> tuple[Tensor, Tensor
     else:
         wrong, kept = torch.full((len(out),), torch.nan), torch.ones(len(out), dtype=torch.long)
     if loss is not None:
-        each = (loss(out[i : i + 1], _labels_of(y, i)) for i in range(len(out)))
-        values = torch.stack([torch.as_tensor(value).reshape(()) for value in each])
+        with named_failure(out, "loss gives no number for each image of the logits"):
+            each = (loss(out[i : i + 1], _labels_of(y, i)) for i in range(len(out)))
+            values = torch.stack([torch.as_tensor(value).reshape(()) for value in each])
     return wrong, values.cpu().double(), kept
 
 
@@ -236,8 +247,7 @@ def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataF
         One row a unit, with ``unit``, ``name``, ``stage``, ``is_transition``, then the columns of `summarize`: missing
         values where the unit cannot be deleted, since it has no skip and changes the shape of its state.
 
-    Raises:
-        ValueError: no unit can be deleted.
+    Raises ValueError where no unit can be deleted.
     """
     chosen = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     if not chosen:
@@ -274,10 +284,7 @@ def delete_random(
     Returns:
         One row a choice, with ``k``, ``trial``, ``units`` (numbers, between spaces), then the columns of `summarize`.
 
-    Raises:
-        TypeError, ValueError: k is no whole number, negative, or larger than the number of candidates; there are no
-            trials; or a candidate cannot be deleted.
-        IndexError: a candidate does not exist.
+    Raises ValueError where k exceeds the candidates or one cannot be deleted, and IndexError where one does not exist.
     """
     free = [i for i, unit in enumerate(check_chain(chain).units) if unit.can_be_deleted]
     pool = chain.check_indices(free if candidates is None else candidates)
@@ -308,8 +315,7 @@ def reorder(
         spaces), Kendall's ``tau`` between the order and the trained one over all units, ``tau_within``, the same over
         pairs of movable units of one stage, then the columns of `summarize`.
 
-    Raises:
-        TypeError, ValueError: no two units have equal shapes, there are fewer pairs than swaps, or there are no trials.
+    Raises ValueError where no two units have equal shapes, or there are fewer pairs than swaps.
     """
     stages: dict[int, list[int]] = {}
     for i, unit in enumerate(check_chain(chain).units):
@@ -360,37 +366,29 @@ def replace_branches(
         One row a kind and unit, with ``kind``, then the columns of `delete_each`: missing values where the unit has no
         branch. The branch of a plain unit is replaced, too: nothing of its input is left then.
 
-    Raises:
-        ValueError: a kind is unknown, a batch to resample in holds one image, or inputs differ in size.
+    Raises ValueError where no unit has a branch, a batch to resample in holds one image, or inputs differ in size.
     """
-    kinds = [kind] if isinstance(kind, str) else list(kind)
-    if not kinds or not set(kinds) <= set(KINDS):
+    kinds = [kind] if isinstance(kind, str) else listed(kind=kind)
+    if not all(name in KINDS for name in kinds):
         raise ValueError(f"kind={kind!r} names no way to replace a branch: choose from {', '.join(KINDS)}")
+    kinds = list(dict.fromkeys(kinds))
     check_number(seed=seed)
-    means = _branch_means(check_chain(chain), data) if "mean" in kinds else {}
+    check_chain(chain)
+    means = _branch_means(chain, data) if "mean" in kinds else {}
     rows, variants = [], []
-    for name, (i, unit) in product(kinds, enumerate(check_chain(chain).units)):
+    for name, (i, unit) in product(kinds, enumerate(chain.units)):
         if not unit.is_deleted:
             rows.append({"kind": name, "unit": i})
-            variants.append(_with_one(chain, i, unit.then(_Change(_substitute(name, means.get(i), [seed, i])))))
+            variants.append(_with_one(chain, i, unit.then(Change(_substitute(name, means.get(i), [seed, i])))))
+    if not rows:
+        raise ValueError("no unit has a branch that could be replaced")
     table = _measure(chain, data, rows, variants, **options)
     return pd.DataFrame({"kind": kinds}).merge(_units(chain), how="cross").merge(table, how="left")
 
 
-class _Change(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, f: Tensor) -> Tensor:
-        return self.function(f)
-
-
 def _changed(chain: Chain, change: Callable[[int, Tensor], Tensor]) -> Chain:
     """Return a chain that changes the outputs of all branches, given the number of the unit."""
-    return chain.with_units(unit.then(_Change(partial(change, i))) for i, unit in enumerate(chain.units))
+    return chain.with_units(unit.then(Change(partial(change, i))) for i, unit in enumerate(chain.units))
 
 
 def _branch_means(chain: Chain, data: Split | Batches) -> dict[int, Tensor]:
@@ -406,7 +404,7 @@ def _branch_means(chain: Chain, data: Split | Batches) -> dict[int, Tensor]:
 
     watched = _changed(chain, add)
     for x, _ in iterate(chain, data, labels=False):
-        with eval_mode(chain), torch.inference_mode():
+        with eval_mode(chain), torch.inference_mode(), named_failure(x):
             watched(x)
     return {i: total / count for i, (total, count) in sums.items()}
 
@@ -444,7 +442,7 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
         One row a unit, with ``unit``, ``name``, ``stage``, ``is_transition``; ``importance``, the mean over images of
         the derivative's absolute value (nats), with its 95 % bootstrap interval ``importance_low``,
         ``importance_high``; and ``delta_loss``, minus the mean derivative: the change by a deletion, to first order.
-        Missing values where the unit has no branch. Raises ValueError where there is no label to score.
+        Missing values where the unit has no branch. Raises ValueError where none has, or the loss has no gradient.
     """
     slopes, counts = [], []
     for x, y in iterate(check_chain(chain), data):
@@ -455,10 +453,16 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
             return torch.einsum("b...,b->b...", f, factors[i])
 
         with eval_mode(chain), torch.enable_grad():
-            _, losses, kept = _score_batch(_changed(chain, scale)(x), y, loss)
+            with named_failure(x):
+                logits = _changed(chain, scale)(x)
+            _, losses, kept = _score_batch(logits, y, loss)
+            if not factors or not losses.requires_grad:
+                raise ValueError("no unit has a branch, or the loss no gradient: compute it from the logits, in torch")
             slopes.append(torch.stack(torch.autograd.grad(losses.sum(), list(factors.values()))).cpu().double())
             counts.append(kept)
     slope = torch.cat(slopes, 1).numpy() * (_share(torch.cat(counts).numpy()) if loss is None else 1)
+    if np.isnan(slope).any():
+        raise ValueError("the gradient is NaN: look for NaN in the network's weights, statistics and inputs")
     low, high = paired_bootstrap(np.abs(slope))
     table = {"unit": list(factors), "importance": np.abs(slope).mean(1), "importance_low": low, "importance_high": high}
     return _units(chain).merge(pd.DataFrame(table | {"delta_loss": -slope.mean(1)}), how="left")
@@ -472,8 +476,7 @@ def summarize(wrong: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
     95 % paired bootstrap interval ``…_low``, ``…_high``. For a language model each sequence counts as an image, since
     its tokens are not independent, and the interval of the error is a bootstrap one, too.
 
-    Raises:
-        ValueError: the intact network's loss is no number.
+    Raises ValueError where the intact network's loss is no number.
     """
     if np.isnan(loss[0]).any():
         raise ValueError("the intact network's loss is NaN: look for NaN in its weights, statistics and inputs")
@@ -497,8 +500,7 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
         chain: usually one with deleted units.
         batches: a split, or `~unravelling.batches.Batches` of training images, whose labels may be missing.
 
-    Raises:
-        ValueError: there are no batches, or the chain was traced from a model that calls batch norm as a function.
+    Raises ValueError where the statistics are not finite, or were traced as constants into a function of the model.
     """
     graphs = [part.graph for part in check_chain(chain).modules() if isinstance(part, fx.GraphModule)]
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
@@ -509,12 +511,14 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
             "register its blocks with block_units, so that their layers are kept"
         )
     chain = copy.deepcopy(chain).eval()
-    for module in chain.modules():
-        if isinstance(module, _BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # a plain average over the batches
-            module.train()  # this one alone: dropout stays off
+    norms = [module for module in chain.modules() if isinstance(module, _BatchNorm)]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # a plain average over the batches
+        module.train()  # this one alone: dropout stays off
     for x, _ in iterate(chain, batches, labels=False):
-        with torch.no_grad():
+        with torch.no_grad(), named_failure(x):
             chain(x)
+    if not all(buffer.isfinite().all() for module in norms for buffer in module.buffers()):
+        raise ValueError("the statistics are not finite: look for NaN and for huge numbers in weights and inputs")
     return chain.eval()

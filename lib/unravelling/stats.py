@@ -40,8 +40,7 @@ def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[n
     Returns:
         The lower and upper ends as fractions, in the shape of ``count``.
 
-    Raises:
-        TypeError, ValueError: a count lies outside 0 to ``images``, or an argument makes no sense.
+    Raises TypeError or ValueError where a count lies outside 0 to ``images``, or an argument makes no sense.
     """
     from scipy.special import ndtri  # imported when needed, as everywhere: scipy doubles the time of the import
 
@@ -87,8 +86,7 @@ def paired_bootstrap(
         resamples: how many.
         seed: of the resamples.
 
-    Raises:
-        TypeError, ValueError: there is no value, or an argument is of the wrong kind or size.
+    Raises TypeError or ValueError where there is no value, or an argument is of the wrong kind or size.
     """
     difference = _numbers("difference", difference)
     check_number(1, resamples=resamples)
@@ -115,8 +113,7 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
         The columns of ``by``, then ``mean``, ``low``, ``high`` and ``seeds``; the ends are NaN for a single seed.
         Missing values are no seeds.
 
-    Raises:
-        TypeError, ValueError: the table lacks a column, or ``value`` holds no numbers.
+    Raises TypeError or ValueError where the table lacks a column, or ``value`` holds no numbers.
     """
     from scipy.stats import t
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -20,14 +22,21 @@ DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
 def data_folder() -> Path:
     """Return ``data`` in the working directory, above it, or in the library's clone, else what a wheel brought.
 
-    Raises:
-        FileNotFoundError: there is none.
+    Raises FileNotFoundError where there is none.
     """
     here, library = Path.cwd(), Path(__file__).resolve().parent
     for folder in [*(clone / "data" for clone in [here, *here.parents, library.parents[1]]), library / "_stored"]:
         if (folder / "results").is_dir():
             return folder
     raise FileNotFoundError(f"no data/results in {here} or above it, or in {library}: install the library anew")
+
+
+@contextmanager
+def _broken_is_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError) as error:  # what pandas and json raise
+        raise ValueError(f"{path} is broken ({error}): restore it by git, or install the library anew") from error
 
 
 def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
@@ -39,15 +48,16 @@ def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = 
         recipe: rows of networks trained by this recipe; by the ordinary one of the data set when ``"default"``, by any
             when None.
 
-    Raises:
-        FileNotFoundError: nothing is stored under this name; the message lists what is.
+    Raises FileNotFoundError where nothing is stored under this name, and ValueError where the file is broken.
     """
     root = data_folder() / "results" if folder is None else Path(folder)
     path = root / f"{name}.csv"
     if not path.is_file():
         there = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.csv"))
         raise FileNotFoundError(f"no stored results {name!r}: there are {', '.join(there) or 'none'}")
-    table = pd.read_csv(path)
+    with _broken_is_named(path):
+        table = pd.read_csv(path)
+        table[KEYS]  # which all have
     recipe = DEFAULT_RECIPES.get(name.split("/")[0]) if recipe == "default" else recipe
     return table if recipe is None else table[table["recipe"] == recipe].reset_index(drop=True)
 
@@ -83,7 +93,8 @@ def data_label(dataset: str, *, recipe: str | None = None) -> str:
         recipe: only of networks trained by this recipe; of all when None or when the record does not tell.
     """
     path = data_folder() / "results" / dataset / "provenance.json"
-    made = json.loads(path.read_text(encoding="utf-8")).values() if path.is_file() else []
+    with _broken_is_named(path):
+        made = json.loads(path.read_text(encoding="utf-8")).values() if path.is_file() else []
     runs = [run for table in made for run in table if "data" in run]
     ours = [run for run in runs if f'-{recipe}"' in json.dumps(run)]  # rows are called <network>-seed<seed>-<recipe>
     return " and ".join(sorted({run["data"] for run in ours or runs})) or IMAGES.get(dataset, dataset)

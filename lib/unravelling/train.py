@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from .batches import NOTHING, Batches, device_of, eval_mode, iterate, named_failure, scores
+from .batches import NOTHING, Batches, device_of, eval_mode, iterate, move, named_failure, scores
 from .chain import Chain, check_chain, check_number
 from .data import Dataset, Split, check_path, checksum, write_atomically
 
@@ -71,8 +71,8 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r} needs either epochs or iterations")
         numbers = {"batch_size": 1, "warmup": 0, "crop": 0}
         numbers |= {key: 1 for key in ("epochs", "iterations", "active") if getattr(self, key) is not None}
-        for key, least in numbers.items():
-            check_number(least, **{key: getattr(self, key)})
+        for key, least in numbers.items():  # those of NumPy become Python's, which a checkpoint can hold
+            object.__setattr__(self, key, check_number(least, **{key: getattr(self, key)}))
         if not isinstance(self.milestones, (tuple, list)):
             raise TypeError(f"recipe {self.name!r}: milestones {self.milestones!r} are not fractions in a tuple")
         rates = [(key, getattr(self, key)) for key in ("lr", "momentum", "weight_decay")]
@@ -83,6 +83,8 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
         if self.survival is not None and not (isinstance(self.survival, (int, float)) and 0 < self.survival <= 1):
             raise ValueError(f"recipe {self.name!r}: survival {self.survival!r} is not a probability above 0")
+        if not all(isinstance(value, bool) for value in (self.nesterov, self.flip, self.rescale)):
+            raise TypeError(f"recipe {self.name!r}: nesterov, flip and rescale must be True or False")
         for key, allowed in {"schedule": ("onecycle", "steps"), "precision": ("float32", "bfloat16", "auto")}.items():
             if (value := getattr(self, key)) not in allowed:
                 raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not one of {', '.join(allowed)}")
@@ -167,16 +169,15 @@ def fit(
     for name, value, kind in (("data", data, Dataset), ("recipe", recipe, Recipe)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is a {type(value).__name__}: expected a {kind.__name__}")
-    check_number(seed=seed)
+    seed = check_number(seed=seed)
     check_number(stop_after=0 if stop_after is None else stop_after)
+    if not any(parameter.requires_grad for parameter in chain.parameters()):
+        raise ValueError("no parameter of the network can be trained: it has none, or none requires a gradient")
     if not len(data.validation):
         raise ValueError("data.validation holds no images: training reports on some")
     if max(int(split.labels.max()) for split in (data.train, data.validation) if len(split)) >= len(data.classes):
         raise ValueError(f"a label is beyond the {len(data.classes)} classes of the dataset {data.name!r}")
-    steps = len(data.train) // recipe.batch_size
-    if not steps:
-        size, there = recipe.batch_size, len(data.train)
-        raise ValueError(f"a batch of {size} images needs at least as many: this split has {there}")
+    steps = max(1, len(data.train) // recipe.batch_size)  # if it is none, the first epoch says so
     iterations = recipe.iterations or (recipe.epochs or 0) * steps
     chain.to(memory_format=torch.channels_last)
     options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
@@ -233,7 +234,7 @@ def _train_epoch(
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         with named_failure(x), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits = thinned(chain, recipe, generator)(x)
+            logits = thinned(chain, recipe, generator)(move(x, chain))
         if logits.shape != (len(y), logits.shape[-1]) or logits.shape[-1] < classes:
             shape = tuple(logits.shape)
             raise ValueError(f"the network returns {shape} for {len(y)} images of {classes} classes: expected (B, K)")
@@ -283,10 +284,8 @@ def _denormals_flushed() -> Iterator[None]:
 def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
     """Return the part of a chain that one step trains: all of it, unless the recipe has ``survival`` or ``active``.
 
-    The result shares the chain's parameters; the generator decides which branches are left out.
-
-    Raises:
-        ValueError: more active units than there are, or a plain unit, which has no skip to be left with.
+    The result shares the chain's parameters; the generator decides which branches are left out. Raises ValueError for
+    more active units than there are, or for a plain unit, which has no skip to be left with.
     """
     probability = _probabilities(chain, recipe)
     if probability is None:
@@ -335,8 +334,7 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
         chain: maps inputs to logits ``(B, K)``, or ``(B, T, K)``, where tokens count as images.
         data: a split, or `~unravelling.batches.Batches`; labels of -100 are left out.
 
-    Raises:
-        TypeError, ValueError: there are no batches, or no labels that fit; or logits are NaN.
+    Raises TypeError or ValueError where there are no batches, or no labels that fit; or logits are NaN or infinite.
     """
     wrong, loss, images = 0, 0.0, 0
     for x, y in iterate(chain, data):
@@ -345,10 +343,10 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
         if not isinstance(logits, Tensor):
             kind = type(logits).__name__
             raise TypeError(f"the network returns a {kind}: expected logits (B, K), or (B, T, K) for tokens")
-        if logits.isnan().any():
-            raise ValueError("logits are NaN: the network's weights or the inputs are, or its training has diverged")
         labels = y.cpu() if isinstance(y, Tensor) else y
         missed, losses, kept = scores(logits.cpu().double(), labels)  # on the CPU, since a device may lack float64
+        if losses.isnan().any():
+            raise ValueError("logits are NaN or infinite: look at weights and inputs, or the training has diverged")
         wrong, loss, images = wrong + int(missed.sum()), loss + float(losses.sum()), images + int(kept.sum())
     if not images:
         raise ValueError(NOTHING)
@@ -356,8 +354,11 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
 
 
 def architecture_digest(chain: nn.Module) -> str:
-    """Return a short hash of a network's architecture: names and shapes of its parameters and buffers."""
-    shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in chain.state_dict().items()]
+    """Return a short hash of a network's architecture: names, shapes and unusual types of parameters and buffers."""
+    shapes = []
+    for name, tensor in chain.state_dict().items():
+        kind = "" if tensor.dtype in (torch.float32, torch.int64) else f" {tensor.dtype}"
+        shapes.append(f"{name} {tuple(tensor.shape)}{kind}")
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
 
 
@@ -371,6 +372,8 @@ def fingerprint(split: Split) -> str:
 def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's content, or raise ValueError where it is damaged or belongs to another run."""
     try:
+        if not path.is_file():  # a pipe would never end
+            raise ValueError("it is no file")
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
         if missing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,12 @@ def load(name: str | Path) -> Chain:
     head, tensors = _read(path)
     try:
         config = dict(head["architecture"])
-        chain = build(config.pop("name"), **config).to(getattr(torch, head.get("dtype", "float32")))
-        chain.load_state_dict(tensors)
+        dtype = getattr(torch, head.get("dtype", "float32"))
+        chain = build(config.pop("name"), **config).to(dtype)
+        for name, tensor in tensors.items():  # a copy, since what is read lies in the file
+            halved = head.get("half") and tensor.dim() > 1
+            tensors[name] = tensor.to(dtype if halved else tensor.dtype, copy=True)
+        chain.load_state_dict(tensors, assign=True)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the architecture in its header: {error}") from error
     return chain.to(memory_format=torch.channels_last).eval()
@@ -98,9 +101,6 @@ def _locate(name: str | Path) -> Path:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     head, tensors = read_tensors(path)
     if head.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by unravelling.save: its header lacks format {FORMAT!r}")
-    if "checksum" not in head:
-        if "dtype" in head:  # came later than the checksum
-            raise ValueError(f"{path} is damaged: its header has lost its checksum. Fetch it again")
-        warnings.warn(f"{path} is older than checksums: damage would not show. Save it again", stacklevel=3)
+        reason = f"its header lacks a checksum, or format {FORMAT!r}"
+        raise ValueError(f"{path} was not written by unravelling.save, or is damaged: {reason}")
     return head, tensors
