@@ -100,7 +100,7 @@ weights: .venv/.experiments
 	@exec $(SNAKEMAKE) weights $(PAPER)
 
 owner: .venv/.installed
-	@$(RUN) scripts/book.py owner $(URL)
+	@$(RUN) scripts/book.py owner '$(URL)'
 
 # Needs uv, which CONTRIBUTING.md says how to get.
 lock:
