@@ -33,12 +33,11 @@ html { font-size: 9.5pt; }
 body { background: #fff; line-height: 1.5; font-variant-ligatures: none; }
 .bd-article, .cover, .contents { max-width: none; padding: 0; }
 article.bd-article, .contents { break-before: page; }
-.bd-article :is(h1, h2, h3, h4) { break-inside: auto; }
 .cover { padding-top: 70mm; text-align: center; }
-.cover .name { font-size: 2.6rem; line-height: 1.2; }
-.contents ul { list-style: none; padding-left: 1rem; flex-direction: column; }
+.cover .name { font-size: 2.6rem; line-height: 1.2; margin-bottom: 2rem; }
+.contents p { margin: 1rem 0 0; font-weight: 600; }
+.contents ul { list-style: none; margin: 0; padding-left: 1rem; flex-direction: column; }
 .contents li, .contents li a { display: flex; justify-content: space-between; width: 100%; text-decoration: none; }
-.bd-article figure img { max-height: 125mm; width: auto; }
 .bd-article .sd-summary-state-marker { display: none; }
 """
 
@@ -81,8 +80,8 @@ def within(html: str, page: str, names: set[str], root: Path) -> str:
     html = re.sub(r'<script\b.*?</script>|<a class="headerlink".*?</a>', "", html, flags=re.S)
     html = re.sub(r'(?<=\s)(id|for)="([^"]*)"', rf'\1="{page}--\2"', html)
     html = re.sub(r'(?<=\s)(href|src)="([^"]*)"', address, html)
-    # solutions stand open; folded code is not printed
-    return re.sub(r'<details (?=class="sd-)', "<details open ", html)
+    # solutions and folded results stand open; folded code is not printed
+    return re.sub(r'<details (?=class="(?:sd-|[^"]*above-output))', "<details open ", html)
 
 
 def join(pages: Path) -> str:
@@ -96,6 +95,7 @@ def join(pages: Path) -> str:
     texts = {name: (folder / f"{name}.html").read_text(encoding="utf-8") for name in order}
     names = set(order)
     title = part(part(first, r"(<article\b.*?</article>)", "the index"), r"<h1>(.*?)<a ", "the index")
+    footer = part(first, r'<footer class="bd-footer-content">(.*?)</footer>', "the index")
     styles = [within(link, "index", names, pages) for link in re.findall(r"<link [^>]*stylesheet[^>]*>", first)]
     nav = re.sub(r"<input\b[^>]*>|<label\b.*?</label>", "", nav, flags=re.S)
     articles = [f'<div id="{name}">'
@@ -104,7 +104,7 @@ def join(pages: Path) -> str:
     return "\n".join([
         f'<!DOCTYPE html>\n<html lang="en-GB" data-theme="light">\n<meta charset="utf-8">\n<title>{title}</title>',
         *styles, f"<style>{PRINT}</style>", "<body>",
-        f'<div class="cover"><p class="name">{title}</p></div>',
+        f'<div class="cover"><p class="name">{title}</p>{footer}</div>',
         f'<div class="contents"><h1>Contents</h1>{within(nav, "index", names, pages)}</div>', *articles,
         "</body></html>",
     ])

@@ -21,7 +21,7 @@ FENCED = re.compile(r"^(?P<fence>`{3,}|~{3,}|:{3,})(?P<open>\{?\{)?(?P<name>[\w-
                     r"(?P<body>.*?)^(?P=fence) *$", flags=re.M | re.S)
 QUOTED = {"admonition", "note", "tip", "hint", "important", "warning", "caution", "seealso"}
 HIDDEN = {"remove-cell", "remove-input", "hide-cell", "hide-input"}
-LEFT = re.compile(r"(?<![`{])\{[a-z:]+\}`(?!`)|^ *(?:`{3,}|:{3,})\{", flags=re.M)  # MyST that nothing here knows
+LEFT = re.compile(r"(?<![`{])\{[a-z:]+\}`(?!`)|^ *(?:`{3,}|:{3,})\{|\[\]\(", flags=re.M)  # MyST unknown here
 
 References = dict[str, dict[str, list[str]]]
 """By role and target: the text of a link, and its address."""
@@ -118,11 +118,11 @@ def prose(markdown: str, references: References) -> str:
         return f"$${formula[1].rstrip()} \\tag{{{found(references, 'eq', formula[2])[0].strip('()')}}}\n$$"
 
     def page(link: re.Match[str]) -> str:
-        name = link[1].removesuffix(".ipynb").removesuffix(".md")
-        return f"]({references['doc'][name][1]})" if name in references["doc"] else link[0]
+        title, address = references["doc"].get(re.sub(r"\.(ipynb|md)$", "", link[2]), ["", link[2]])
+        return f"{f'[{title}' if link[1] and title else link[1]}]({address})"
 
     markdown = re.sub(r"\$\$((?:(?!\$\$).)*)\$\$ *\(([\w-]+)\)", numbered, markdown, flags=re.S)
-    markdown = re.sub(r"\]\(([\w.-]+)\)", page, markdown)
+    markdown = re.sub(r"(\[(?=\])|)\]\(([\w.-]+)\)", page, markdown)
     markdown = re.sub(r"^(\S.*)\n: +(?=\S)", r"**\1:** ", markdown, flags=re.M)  # a list of definitions
     return ROLE.sub(lambda role: link(role[2], role[3], references), markdown)
 

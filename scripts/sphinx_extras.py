@@ -18,6 +18,7 @@ CONVERTER = LatexToMathML(fancy_error=False)  # raises where it does not know a 
 
 def mathml(latex: str, block: bool = False) -> str:
     """LaTeX as MathML."""
+    latex = re.sub(r"(?<=\\\\)\[[\d.]+(?:ex|em|pt)\]", "", latex)  # a distance between rows, which would be printed
     if "\\\\" in latex and "\\begin" not in latex:
         latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
     return CONVERTER.convert_with_local_state(latex, displaystyle=block)
@@ -51,6 +52,9 @@ MENDED = [
     (r'<link rel="preload" as="script" href="[^"]*fontawesome[^"]*"\s*/?>', ""),
     # lists that are none to a screen reader: entries linked from before their text, and parameters without terms
     (r'<div role="list" class="citation-list">', '<div class="citation-list">'),
+    # lines end neither between a number and its per cent, outside code, nor between a formula and the comma behind it
+    (r"(?s)<(pre|script|style|title)\b.*?</\1>|(?<=\d) (?=%)", lambda found: found[0] if found[1] else "\u00a0"),
+    (r"(<math>(?:(?!<math).)*?</math>[,.;:)]+)", r'<span class="tied">\1</span>'),
     (r"<dl>\n((?:<dd>.*</dd>\n)+)</dl>", lambda found: re.sub(r"<(/?)dd>", _line, found[1])),
 ]
 

@@ -146,6 +146,24 @@ def test_a_rule_that_says_both_is_refused():
         outcome(True, True)
 
 
+@pytest.mark.parametrize(
+    ("bare", "said"),
+    [((0.1, 0.12, 0.14), "no: ten deletions add 12.0 points without batch norm and 40.0 with it, difference −28.0 ("),
+     ((0.6, 0.62, 0.64), "yes: ten deletions add 62.0 points without batch norm and 40.0 with it, difference 22.0 ("),
+     ((0.1, 0.4, 0.7), "not decided: ten deletions add 40.0 points without batch norm and 40.0 with it, difference 0"),
+     ((0.1,), "not decided: ten deletions add 10.0 points without batch norm and 40.0 with it, one seed; ResNet-110"),
+     ((), "not measured yet")],
+)  # fmt: skip
+def test_a_network_without_batch_norm_is_compared_within_seeds(bare, said):
+    columns = ["network", "seed", "k", "delta_error", "error"]
+    rows = [("resnet110", seed, k, k / 25, k / 25) for seed in range(3) for k in (5, 10, 10)]
+    rows += [("resnet110-nobn", seed, 10, d, d + 0.1) for seed, b in enumerate(bare) for d in (b - 0.05, b + 0.05)]
+    rows += [("resnet110-nobn", 3, 10, 0.0, 0.6), ("resnet110", 3, 10, 0.0, 0.01)]  # the first has learned nothing
+    found = judging.without_statistics("digits", lambda _: pd.DataFrame(rows, columns=columns))
+    assert found.startswith(said)
+    assert not bare or f"the {len(bare)} of {len(bare) + 1} trainings that learned" in found
+
+
 def test_interval_of_counts_times_norms_agrees_with_simulation():
     length = np.arange(6)
     table = pd.DataFrame({"seed": 0, "length": length, "paths": [math.comb(5, k) for k in length], "sampled": 50})

@@ -11,7 +11,7 @@ from helpers import SMALL, randomized
 from torch import nn
 from torch.testing import assert_close
 from unravelling import build, plain, resnet, vgg
-from unravelling.nets import SHAPES, Pad
+from unravelling.nets import SHAPES, Pad, SkipInit
 
 
 def parameters(chain):
@@ -112,7 +112,8 @@ def test_post_activation_block_is_torchvisions(projection, training):
 
 def functional(name, chain, x):
     """The whole network from its list of parameters, as the papers draw it (width 4, two blocks a stage)."""
-    parts = iter([m for m in chain.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) or "BatchNorm" in str(type(m))])
+    kinds = nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, SkipInit
+    parts = iter([module for module in chain.modules() if isinstance(module, kinds)])
 
     def conv(y, stride=1):
         part = next(parts)
@@ -135,7 +136,9 @@ def functional(name, chain, x):
     x = F.relu(norm(x)) if "post" in name else x
     for block in range(6):
         stride = 2 if block in (2, 4) else 1
-        if "post" in name:
+        if "nobn" in name:
+            f = conv(F.relu(conv(F.relu(x), stride))) * next(parts).factor
+        elif "post" in name:
             f = norm(conv(F.relu(norm(conv(x, stride)))))
         else:
             f = conv(F.relu(norm(conv(F.relu(norm(x)), stride))))
@@ -144,12 +147,13 @@ def functional(name, chain, x):
         elif stride == 2:
             x = torch.cat([x[:, :, ::2, ::2], torch.zeros_like(f[:, x.shape[1] :])], 1)
         x = F.relu(x + f) if "post" in name else x + f
-    x = x if "post" in name else F.relu(norm(x))
+    x = x if "post" in name else F.relu(x if "nobn" in name else norm(x))
     return linear(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet14", "resnet14-post", "resnet14-projection", "resnet14-post-projection", "vgg15"]
+    "name",
+    ["resnet14", "resnet14-post", "resnet14-projection", "resnet14-post-projection", "resnet14-nobn", "vgg15"],
 )
 def test_the_whole_network_by_hand(name):
     chain = randomized(build(name, "cifar10", width=4), dtype=torch.float64)
@@ -242,7 +246,11 @@ def test_depths_that_do_not_exist(make, depth, nearest):
             lambda: build("resnext50"),
             "unknown network 'resnext50': expected a name such as resnet110, plain56-post or vgg15-nobn",
         ),
-        (lambda: build("resnet20-nobn"), "resnet has no variant -nobn: it has post, projection"),
+        (
+            lambda: build("resnet20-post-nobn"),
+            "without batch norm there is the pre-activation form alone: leave out preactivation=False",
+        ),
+        (lambda: build("plain20-nobn"), "plain has no variant -nobn: it has post"),
         (lambda: build("plain20-projection"), "plain has no variant -projection: it has post"),
         (lambda: build("vgg15-post"), "vgg has no variant -post: it has nobn"),
         (
@@ -255,6 +263,17 @@ def test_depths_that_do_not_exist(make, depth, nearest):
 def test_networks_that_do_not_exist(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+def test_without_batch_norm_every_branch_starts_at_nothing_and_learns():
+    chain = build("resnet14-nobn", "digits", width=4, seed=1)
+    x, y = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    states = chain.trace(x)
+    assert all(torch.equal(unit.skip(a), b) for unit, a, b in zip(chain.units, states[:-1], states[1:], strict=True))
+    assert not any("norm" in type(module).__name__.lower() for module in chain.modules())
+    assert not any(True for _ in chain.buffers())  # nothing that a deletion could make stale
+    F.cross_entropy(chain(x), y).backward()
+    assert all(unit.branch[-1].factor.grad != 0 for unit in chain.units)
 
 
 @pytest.mark.parametrize("preactivation", [True, False])
@@ -308,7 +327,7 @@ def test_convolutions_start_as_he_et_al_initialise_them(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet14", "resnet14-post", "resnet14-projection", "resnet14-post-projection", "plain14-post", "vgg15-nobn"],
+    ["resnet14", "resnet14-post", "resnet14-post-projection", "resnet14-projection-nobn", "plain14-post", "vgg15-nobn"],
 )
 def test_the_config_rebuilds_the_network(name):
     chain = build(name, "digits", width=2, classes=3, seed=4)

@@ -458,3 +458,24 @@ def test_colab_cell_does_nothing_elsewhere_and_installs_there(monkeypatch):
     extras = set(install[-1].split("[")[1].rstrip("]").split(","))
     declared = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
     assert extras <= set(re.findall(r"^(\w+) = ", declared, flags=re.M))
+
+
+WIDGETLESS = """
+import sys
+from types import SimpleNamespace
+
+import ipykernel.zmqshell
+import IPython
+
+IPython.get_ipython = lambda: SimpleNamespace(config={"IPKernelApp": {}})
+sys.modules["ipywidgets"] = None
+import tqdm.auto
+"""
+
+
+@pytest.mark.parametrize("setup", [True, False])
+def test_a_kernel_without_widgets_says_nothing_of_them(setup):
+    """Where a notebook has begun as all do; otherwise transformers, for one, has tqdm warn of it."""
+    code = book.bootstrap() + WIDGETLESS if setup else WIDGETLESS
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ("IProgress not found" in done.stderr) is not setup

@@ -8,13 +8,17 @@ import base64
 import functools
 import gzip
 import io
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
+from matplotlib.font_manager import FontProperties
 from PIL import Image
 from test_notebooks import files
+from unravelling import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = [p for p in (ROOT / "_build/html", ROOT / "_build/committed") if (p / "index.html").exists()]
@@ -34,7 +38,8 @@ DECODED = """() => {
 IMAGES = """() => [...document.querySelectorAll('article img, main img')]
     .map(i => [i.src.slice(-60), i.naturalWidth, i.alt])"""
 FORMULAS = """() => [document.querySelectorAll('.math').length, [...document.querySelectorAll('math')]
-    .map(m => [m.getBoundingClientRect().width, !!m.querySelector('merror')])]"""
+    .map(m => [m.getBoundingClientRect().width,
+        !!m.querySelector('merror') || /\\[[0-9.]+(ex|em|pt)\\]/.test(m.textContent)])]"""
 WIDEST = """() => [document.documentElement.scrollWidth, [...document.querySelectorAll('article *')]
     .filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3)
     .map(e => e.tagName + '.' + e.className)]"""
@@ -45,9 +50,13 @@ CONTRASTS = """() => {
     return [...document.querySelectorAll('article p, article figcaption, article a:not(.headerlink)')]
         .filter(e => e.checkVisibility() && e.textContent.trim())
         .map(e => [getComputedStyle(e).color, behind(e), e.textContent.trim().slice(0, 40)]); }"""
-FIGURES = """() => [...document.querySelectorAll('.cell_output img:not(.tag_photographs *)')]
+FIGURES = """() => [...document.querySelectorAll('.cell_output :is(img:not(.tag_photographs *), .unravelling)')]
     .filter(e => e.checkVisibility()).map(e => {
     const r = e.getBoundingClientRect(); return [r.left + scrollX, r.top + scrollY, r.width, r.height]; })"""
+DRAWINGS = """() => [[...document.querySelectorAll('article figure img')].filter(e => e.checkVisibility())
+    .map(e => [new URL(e.src).pathname, e.getBoundingClientRect().width, e.naturalWidth]),
+    [...document.querySelectorAll('article svg text')].filter(e => e.checkVisibility())
+    .map(e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a)]"""
 SCROLLERS = """() => [...document.querySelectorAll('article *')].filter(e => e.checkVisibility()
     && e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX) && e.tabIndex < 0
     && !e.querySelector('a, button, input, select, [tabindex="0"]')).map(e => e.tagName + '.' + e.className)"""
@@ -95,7 +104,8 @@ def look(browser):
         bars = page.locator(".search-button__button, .search-button-field, form.bd-search").all()
         found = {"url": page.url, "title": page.title(), "asked": [*asked], "errors": [*errors], "bytes": sum(sizes),
                  "images": page.evaluate(IMAGES), "formulas": page.evaluate(FORMULAS),
-                 "search bars": sum(bar.is_visible() for bar in bars), "unreachable": page.evaluate(SCROLLERS)}
+                 "search bars": sum(bar.is_visible() for bar in bars), "unreachable": page.evaluate(SCROLLERS),
+                 "drawings": page.evaluate(DRAWINGS)}
         page.evaluate(axe.read_text())
         found["axe"] = page.evaluate(AXE)
         for theme in THEMES:
@@ -126,6 +136,13 @@ def test_math_is_there_without_a_script(look, path):
     assert [wide for wide, _ in formulas if not wide] == []
     assert not any(wrong for _, wrong in formulas)
     assert not re.search(r"<script[^>]*math", (HTML / path).read_text(), flags=re.I)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_line_ends_before_a_per_cent_or_a_comma_behind_a_formula(path):
+    text = re.sub(r"(?s)<(pre|script|style|title)\b.*?</\1>", "", (HTML / path).read_text())
+    assert re.findall(r".{20}\d %", text) == []
+    assert len(re.findall(r"</math>[,.;:)]", text)) == text.count('<span class="tied"><math>')
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -168,6 +185,31 @@ def test_what_scrolls_can_be_reached_with_the_keyboard(look, path, width):
 def test_narrow_page_does_not_scroll_sideways(look, path, theme):
     width, widest = look(path, 390)[theme]["widest"]
     assert width <= 391, widest
+
+
+@functools.cache
+def smallest_type():
+    """Points of the smallest type that figures are drawn with: by the style, in the library, or in a notebook."""
+    with plt.rc_context():
+        plots.use_style()
+        sizes = [value for name, value in plt.rcParams.items() if re.search(r"(font|label|title).*size$", name)]
+    texts = [Path(plots.__file__).read_text()]
+    for path in ROOT.glob("book/*.ipynb"):
+        texts += ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]]
+    for text in texts:
+        found = re.findall(r"(?:font|label|title)_?size['\"]?[=:] *([\w.'\"]+)", text)
+        sizes += [size.strip("\"'") for size in found]
+    return min(FontProperties(size=float(size) if str(size)[0].isdigit() else size).get_size_in_points()
+               for size in sizes if size is not None)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_letters_of_figures_can_be_read_on_a_phone(look, path):
+    """At least 9 pixels, of which a phone's page is 390 wide; indices and exponents are smaller than their text."""
+    drawn, texts = look(path, 390)["drawings"]
+    scales = [wide / natural * Image.open(HTML / name.lstrip("/")).info["dpi"][0] / 72 for name, wide, natural in drawn]
+    assert [round(smallest_type() * scale, 1) for scale in scales if smallest_type() * scale < 9] == []
+    assert [text for text in texts if text < 9] == []
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -245,4 +287,6 @@ def test_some_page_has_formulas_and_figures_and_every_page_is_seen(look):
     found = [look(path, 1280) for path in PAGES]
     assert sum(len(each["formulas"][1]) for each in found) > 100
     assert sum(len(each["dark"]["figures"]) for each in found) > 20
+    drawings = [look(path, 390)["drawings"] for path in PAGES]
+    assert all(sum(map(len, kind)) > 20 for kind in zip(*drawings, strict=True))
     assert len(PAGES) == len(files(ROOT / "book", {".ipynb", ".md"}))

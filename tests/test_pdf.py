@@ -41,6 +41,8 @@ def made(tmp_path_factory):
              new_markdown_cell("# The first chapter\n\n## Summary\n\nSee {numref}`fig-dot` and {eq}`eq-sum`."),
              new_code_cell("secret = 'folded away'", metadata={"tags": ["hide-input"]}),
              new_code_cell(LONG),
+             new_code_cell("count()", metadata={"tags": ["remove-input", "hide-output"]}, execution_count=1,
+                           outputs=[new_output("stream", name="stdout", text="Seven pears.")]),
              new_markdown_cell("```{dropdown} Solution\nForty-two apples.\n```"))
     notebook(root / "book/02-two.ipynb",
              new_markdown_cell("# The second chapter\n\n## Summary\n\nAs in {doc}`01-one`.\n\n"
@@ -71,6 +73,8 @@ def links(made, page):
 def test_every_page_begins_a_sheet_behind_cover_and_contents(made):
     cover, contents, index, first, second = made.texts
     assert "A small book" in cover
+    assert "By the" in cover
+    assert "CC BY 4.0" in cover
     assert "Contents" in contents
     for text, title in ((index, "A small book"), (first, "1. The first chapter"), (second, "2. The second chapter")):
         assert title in " ".join(text.split())[:30]
@@ -103,6 +107,7 @@ def test_figures_are_in_and_solutions_open_and_folded_code_and_buttons_away(made
     assert len(made.reader.pages[4].images) == 1
     assert "A dot." in made.texts[4]
     assert "Forty-two apples." in made.texts[3]
+    assert "Seven pears." in made.texts[3], "results that the page folds are open, too"
     assert "folded away" not in "".join(made.texts)
     assert "Show code" not in "".join(made.texts)
 

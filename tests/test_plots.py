@@ -62,6 +62,30 @@ def test_one_legend_serves_all_panels(tables, missing):
     assert plots.side_by_side(line, tables).legends == []
 
 
+def test_what_all_axes_say_is_said_once(tables):
+    def labelled(name):
+        return lambda table, ax: ax.set(xlabel=name or table["dataset"].iloc[0], ylabel="error (%)")
+
+    fig = plots.side_by_side(labelled("unit"), tables)
+    assert [ax.get_xlabel() for ax in fig.axes] == ["", ""]
+    assert fig.get_supxlabel() == "unit"
+    fig = plots.side_by_side(labelled(""), tables)
+    assert [ax.get_xlabel() for ax in fig.axes] == ["digits", "cifar10"]
+    assert not fig.get_supxlabel()
+    assert [ax.get_ylabel() for ax in fig.axes] == ["error (%)", ""]
+
+
+@pytest.mark.parametrize(("x", "whole"), [([0, 1, 2], True), ([0.0, 0.5, 1.0], False)])
+def test_between_units_there_are_no_ticks(x, whole):
+    table = pd.DataFrame({"x": x * 2, "seed": [0] * 3 + [1] * 3, "error": 0.1})
+    for ax in (plots.seed_lines(table, "x", "error"), plots.quantile_fan(table, "x", "error")):
+        assert all(tick == round(tick) for tick in ax.get_xticks()) is whole
+    ax = plt.subplots()[1]
+    ax.set_xscale("log")
+    plots.seed_lines(table[table["x"] > 0], "x", "error", ax=ax)
+    assert isinstance(ax.xaxis.get_major_locator(), matplotlib.ticker.LogLocator)
+
+
 def test_seed_lines_draw_the_mean_and_its_interval():
     table = pd.DataFrame({"epoch": [0, 0, 0, 1, 1, 1], "error": [0.1, 0.2, 0.4, 0.1, 0.1, 0.1]})
     ax = plots.seed_lines(table, "epoch", "error", scale=100, label="seeds")

@@ -9,9 +9,9 @@ function reach() {
 addEventListener("load", reach);
 addEventListener("resize", reach);
 
-// Solutions are open on paper, and as they were afterwards.
+// Solutions and folded results are open on paper, and as they were afterwards.
 addEventListener("beforeprint", () => {
-  for (const fold of document.querySelectorAll("details.sd-dropdown:not([open])")) {
+  for (const fold of document.querySelectorAll("details:is(.sd-dropdown, .above-output):not([open])")) {
     fold.open = true;
     fold.dataset.printed = "";
   }

@@ -35,9 +35,21 @@ def conv(c_in: int, c_out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
+class SkipInit(nn.Module):
+    """A factor with one weight, 0 before training, that ends a branch without normalisation (De & Smith, 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Map a branch's output of any shape to the factor times it."""
+        return self.factor * f
+
+
 def resnet(
     depth: int, *, in_channels: int = 3, classes: int = 10, width: int = 16, preactivation: bool = True,
-    shortcut: str = "pad", seed: int = 0,
+    shortcut: str = "pad", batch_norm: bool = True, seed: int = 0,
 ) -> Chain:
     """Return the CIFAR ResNet of He et al. (2015, section 4.2), or its pre-activation form (He et al., 2016).
 
@@ -51,6 +63,8 @@ def resnet(
         width: channels of the first stage.
         preactivation: True for BN-ReLU-conv twice, False for the 2015 form with a ReLU after the sum.
         shortcut: at the transitions ``"pad"``, without parameters, or ``"projection"`` (1×1), or else a ValueError.
+        batch_norm: False for a pre-activation network without any statistics: convolutions with biases, and a
+            `SkipInit` at the end of every branch in place of the normalisation; or else a ValueError.
         seed: of the initial weights; the global generator is left alone.
     """
     if check_number(None, depth=depth) < 8 or (depth - 2) % 6:
@@ -58,6 +72,8 @@ def resnet(
         raise ValueError(f"depth {depth} is not 6n + 2: use a depth such as 8, 20, 56 or 110 (nearest: {near})")
     if shortcut not in ("pad", "projection"):
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
+    if not (batch_norm or preactivation):
+        raise ValueError("without batch norm there is the pre-activation form alone: leave out preactivation=False")
     with _seeded(seed, in_channels=in_channels, classes=classes, width=width):
         units, channels = [], width
         for stage, block in product((1, 2, 3), range((depth - 2) // 6)):
@@ -68,23 +84,27 @@ def resnet(
             elif stride > 1:
                 skip = conv(channels, c_out, stride, kernel=1)
                 skip = skip if preactivation else nn.Sequential(skip, nn.BatchNorm2d(c_out))
-            branch, post = _branch(channels, c_out, stride, preactivation), None if preactivation else nn.ReLU()
+            branch = _branch(channels, c_out, stride, preactivation, batch_norm)
+            post = None if preactivation else nn.ReLU()
             name = f"stage{stage}.block{block}"
             units.append(Unit(branch, skip, post, name=name, stage=stage, transition=stride > 1))
             channels = c_out
         stem: nn.Module = conv(in_channels, width)
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
         if preactivation:
-            head = [nn.BatchNorm2d(channels), nn.ReLU(), *head]
+            head = [*([nn.BatchNorm2d(channels)] if batch_norm else []), nn.ReLU(), *head]
         else:
             stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
         name = f"resnet{depth}" + ("" if preactivation else "-post")
-        name += "-projection" if shortcut == "projection" else ""
+        name += ("-projection" if shortcut == "projection" else "") + ("" if batch_norm else "-nobn")
         config = {"name": name, "in_channels": in_channels, "classes": classes, "width": width}
         return _initialize(Chain(stem, units, nn.Sequential(*head), config))
 
 
-def _branch(c_in: int, c_out: int, stride: int, preactivation: bool) -> nn.Sequential:
+def _branch(c_in: int, c_out: int, stride: int, preactivation: bool, batch_norm: bool) -> nn.Sequential:
+    if not batch_norm:
+        biased = nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1)
+        return nn.Sequential(nn.ReLU(), biased[0], nn.ReLU(), biased[1], SkipInit())
     norms = nn.BatchNorm2d(c_in if preactivation else c_out), nn.BatchNorm2d(c_out)
     convs = conv(c_in, c_out, stride), conv(c_out, c_out)
     if preactivation:
@@ -175,7 +195,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
     """Return a network by its name, such as ``resnet110``, ``resnet56-post``, ``plain20`` or ``vgg15-nobn``.
 
     Args:
-        name: family and depth, then ``-post`` (2015 form), ``-projection`` or ``-nobn`` (VGG without batch norm).
+        name: family and depth, then ``-post`` (2015 form), ``-projection`` or ``-nobn`` (without batch norm).
         dataset: ``"digits"`` or ``"cifar10"``, which sets channels and image size, and the width of a VGG (64 or 128).
         seed: of the initial weights.
         options: passed to `resnet`, `plain` or `vgg`, over those of the dataset.
@@ -187,7 +207,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
     if not match:
         raise ValueError(f"unknown network {name!r}: expected a name such as resnet110, plain56-post or vgg15-nobn")
     family, depth, suffixes = match[1], int(match[2]), set(match[3].split("-")) - {""}
-    allowed = {"resnet": {"post", "projection"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
+    allowed = {"resnet": {"post", "projection", "nobn"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
     if suffixes - allowed:
         raise ValueError(f"{family} has no variant -{min(suffixes - allowed)}: it has {', '.join(sorted(allowed))}")
     if dataset is not None:
@@ -196,9 +216,10 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         channels, size = SHAPES[dataset]
         vgg_only = {"image_size": size, "width": 64 if dataset == "digits" else 128} if family == "vgg" else {}
         options = {"in_channels": channels} | vgg_only | options
-    if family == "vgg":
-        return vgg(depth, batch_norm="nobn" not in suffixes, seed=seed, **options)
-    options["preactivation"] = "post" not in suffixes
     if family == "plain":
-        return plain(depth, seed=seed, **options)
-    return resnet(depth, shortcut="projection" if "projection" in suffixes else "pad", seed=seed, **options)
+        return plain(depth, preactivation="post" not in suffixes, seed=seed, **options)
+    options["batch_norm"] = "nobn" not in suffixes
+    if family == "vgg":
+        return vgg(depth, seed=seed, **options)
+    shortcut = "projection" if "projection" in suffixes else "pad"
+    return resnet(depth, preactivation="post" not in suffixes, shortcut=shortcut, seed=seed, **options)

@@ -1,6 +1,6 @@
 """One function for each kind of figure: a table goes in, the Axes come out. Nothing is read, computed or said here.
 
-Needs the optional matplotlib and seaborn. Figures are at most 6.4 inches wide with type of 11 points, so that they can
+Needs the optional matplotlib and seaborn. Figures are 5 inches wide and have no type below 10 points, so that they can
 be read on a telephone, and have a white background, so that they can be read in dark mode. Functions draw on ``ax``,
 or on new axes when it is None.
 """
@@ -19,12 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
 from .stats import seed_band
 from .stored import intact_error
 from .wording import about, network_label
 
-WIDTH = 6.4  # inches
+WIDTH = 5.0  # inches
 _BLUE, _ORANGE, _GREEN, _, _, _, _, _GREY, *_ = sns.color_palette("colorblind")
 FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
 
@@ -32,8 +33,9 @@ FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
 def use_style() -> None:
     """Set matplotlib's defaults for the book's figures."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
-    plt.rcParams.update({"figure.figsize": (WIDTH, 3.8), "figure.dpi": 130, "figure.constrained_layout.use": True})
-    plt.rcParams.update({"axes.labelsize": 11.5, "axes.titlesize": 12})
+    plt.rcParams.update({"figure.figsize": (WIDTH, 3.8), "figure.dpi": 144, "figure.constrained_layout.use": True})
+    plt.rcParams.update({"axes.labelsize": 11.5, "axes.titlesize": 12, "figure.labelsize": 11.5})
+    plt.rcParams.update({"legend.handlelength": 1.6, "legend.handletextpad": 0.6, "legend.columnspacing": 1.2})
     plt.rcParams.update(dict.fromkeys(("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 11))
     plt.rcParams.update(dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False))
     plt.rcParams.update(dict.fromkeys(("figure.facecolor", "savefig.facecolor"), "white"))
@@ -44,8 +46,11 @@ def family_color(network: str) -> tuple[float, float, float]:
     return next((color for family, color in FAMILIES.items() if network.startswith(family)), _GREY)
 
 
-def _axes(ax: Axes | None, height: float | None = None) -> Axes:
-    return ax or plt.subplots(figsize=None if height is None else (WIDTH, height))[1]
+def _axes(ax: Axes | None, height: float | None = None, x: pd.Series | None = None) -> Axes:
+    ax = ax or plt.subplots(figsize=None if height is None else (WIDTH, height))[1]
+    if x is not None and pd.api.types.is_integer_dtype(x) and ax.get_xscale() == "linear":
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))  # no ticks between units
+    return ax
 
 
 def _band(ax: Axes, lines: pd.DataFrame, color: Any, alpha: float) -> None:
@@ -66,7 +71,7 @@ def seed_lines(
         log: average the logarithms, which gives the geometric mean, on a logarithmic axis; zeros are left out.
         style: passed to ``Axes.plot``, such as ``label`` and ``color``.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, x=table[x])
     if log:
         table = table[table[value] > 0].assign(**{value: lambda t: np.log(t[value])})
         ax.set_yscale("log")
@@ -103,7 +108,7 @@ def side_by_side(
         tables: of `unravelling.stored.both`.
         rows: networks that get a row of panels each; all in one row when empty.
         height: of a row, in inches.
-        legend: columns of one legend for all panels, below them; none when 0.
+        legend: columns of one legend for all panels, above them; none when 0.
     """
     shape = (max(len(rows), 1), len(tables))
     fig, axes = plt.subplots(*shape, figsize=(WIDTH, height * shape[0]), squeeze=False, sharey=True)
@@ -119,10 +124,14 @@ def side_by_side(
         ax.set_title(f"{name}\n{title}" if network else title, loc="left", fontsize=10.5)
         if column:
             ax.set_ylabel("")
+    if len(labels := {ax.get_xlabel() for ax in axes.flat} - {""}) == 1:  # said once, where each would not fit
+        fig.supxlabel(labels.pop())
+        for ax in axes.flat:
+            ax.set_xlabel("")
     if legend:
         found = (ax.get_legend_handles_labels() for ax in axes.flat)
         entries: tuple[list, list] = next((entry for entry in found if entry[0]), ([], []))
-        fig.legend(*entries, loc="outside lower center", ncols=legend)
+        fig.legend(*entries, loc="outside upper center", ncols=legend)
     return fig
 
 
@@ -139,7 +148,7 @@ def single_deletions(
         chance: as in `levels`.
         color: of the points; that of the network's family when None.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, x=table["unit"])
     color = color or (family_color(table["network"].iloc[0]) if "network" in table else _BLUE)
     scale = 1 if value.endswith("loss") else 100
     rows = table.rename(columns={value: "middle", f"{value}_low": "low", f"{value}_high": "high"})
@@ -171,7 +180,7 @@ def quantile_fan(
         color: of line and bands.
         label: for the legend.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, x=table[x])
     q = scale * table.groupby(x)[value].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
     _band(ax, q, color, 0.15)
     _band(ax, q[[0.25, 0.75]], color, 0.3)
