@@ -89,7 +89,7 @@ test: .venv/.installed .venv/.experiments
 # Snakemake and what it needs are installed for these two and the tests alone. Options and targets go into PAPER, such as
 # make paper PAPER='tier1 --cores 4', and make paper PAPER=-n says what remains. CIFAR-10 is where UNRAVELLING_DATA says.
 .venv/.experiments: .venv/.installed experiments/requirements.txt
-	@$(PIP) --requirement experiments/requirements.txt
+	@$(PIP) $(if $(LOCKED),--require-hashes --requirement requirements.lock,--requirement experiments/requirements.txt)
 	@touch $@
 
 SNAKEMAKE = $(RUN) -m snakemake --snakefile experiments/Snakefile

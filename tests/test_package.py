@@ -312,9 +312,9 @@ def test_continuous_integration_runs_what_is_pinned():
     assert len(used) >= 5
     assert [action for action in used if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", action)] == []
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("exec make test LOCKED=1")
-    said = subprocess.run(["make", "--dry-run", "--always-make", ".venv/.experiments", "LOCKED=1", "PYTHON=true"], cwd=ROOT,
-                          capture_output=True, text=True, check=True, timeout=120).stdout
-    installs = re.findall(r"pip install .*", said)
+    words = ["make", "--dry-run", "--always-make", ".venv/.experiments", "LOCKED=1", "PYTHON=true"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    installs = re.findall(r"pip install .*", done.stdout)
     assert len(installs) == 3
     assert all("--require-hashes --requirement requirements.lock" in line or "--no-deps" in line for line in installs)
 
@@ -325,7 +325,8 @@ def test_whatever_starts_a_process_has_a_timeout():
             if isinstance(call, ast.Call):
                 name, given = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
                 if re.fullmatch(r"subprocess\.(run|call|check_\w+)|.*\.(communicate|wait)", name):
-                    assert given & {"timeout", None} or call.args and name.endswith(".wait"), f"{path.name}: {call.lineno}"
+                    limited = given & {"timeout", None} or (call.args and name.endswith(".wait"))
+                    assert limited, f"{path.name}, line {call.lineno} may wait for ever"
 
 
 # -- floors --------------------------------------------------------------------------------------------------
