@@ -89,7 +89,7 @@ test: .venv/.installed .venv/.experiments
 # Snakemake and what it needs are installed for these two and the tests alone. Options and targets go into PAPER, such as
 # make paper PAPER='tier1 --cores 4', and make paper PAPER=-n says what remains. CIFAR-10 is where UNRAVELLING_DATA says.
 .venv/.experiments: .venv/.installed experiments/requirements.txt
-	@$(PIP) --requirement experiments/requirements.txt
+	@$(PIP) $(if $(LOCKED),--require-hashes --requirement requirements.lock,--requirement experiments/requirements.txt)
 	@touch $@
 
 SNAKEMAKE = $(RUN) -m snakemake --snakefile experiments/Snakefile
@@ -100,7 +100,7 @@ weights: .venv/.experiments
 	@exec $(SNAKEMAKE) weights $(PAPER)
 
 owner: .venv/.installed
-	@$(RUN) scripts/book.py owner $(URL)
+	@$(RUN) scripts/book.py owner '$(URL)'
 
 # Needs uv, which CONTRIBUTING.md says how to get.
 lock:

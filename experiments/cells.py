@@ -19,17 +19,18 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import unravelling
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
 from torch import Tensor
-from unravelling.data import write_atomically
+from unravelling.data import check_device, read_tensors, write_atomically
 from unravelling.nets import SHAPES
 from unravelling.stored import KEYS
 from unravelling.train import RECIPES
+from unravelling.weights import header
 
 ROOT = Path(__file__).resolve().parents[1]
 _held: list[FileLock] = []  # until this process ends
@@ -71,8 +72,8 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace,
             print(f"{options.out}: done already")
             return 0
         if options.threads is not None:
-            if options.threads < 1:
-                raise ValueError(f"--threads {options.threads}: at least one is needed")
+            if not 1 <= options.threads <= 1024:
+                raise ValueError(f"--threads {options.threads}: expected 1 to 1024")
             torch.set_num_threads(options.threads)
         options.device = _device(options.device)
         torch.backends.cudnn.allow_tf32 = False  # a GPU would else round float32 to 10 bits in every convolution
@@ -137,12 +138,30 @@ def sweep(path: Path) -> None:
 
 def checksum(weights: Path | Mapping[str, Tensor]) -> str:
     """Return the checksum of a network's parameters and buffers, whatever the header of their file says."""
-    tensors = load_file(weights) if isinstance(weights, Path) else weights
+    tensors = read_tensors(weights)[1] if isinstance(weights, Path) else weights
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def about_weights(path: Path, **expected: object) -> dict[str, Any]:
+    """Return the header of a weights file, or raise ValueError where it is damaged or another network's."""
+    found = header(path)
+    found["network"] = found.get("architecture", {}).get("name")
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ValueError(f"{path} has {name} {found.get(name)}, not {value}: give its own weights")
+    return found
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Return the content of a JSON file, or raise ValueError with its line, and with what to do, where it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}, line {getattr(error, 'lineno', 1)} is broken ({error}): {remedy}") from error
 
 
 def command(arguments: list[str]) -> str:
@@ -152,7 +171,7 @@ def command(arguments: list[str]) -> str:
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         if os.sep not in value and value not in (".", "..") and not value.startswith("~"):
             return argument
-        path = Path(value).expanduser().resolve()
+        path = Path(os.path.realpath(os.path.expanduser(value)))  # pathlib would raise where there is no such place
         return option + equals + (path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else "PATH")
 
     return shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *map(general, arguments)])
@@ -164,8 +183,11 @@ def commit() -> str:
     A repository further up, or another project's, is not asked.
     """
 
+    here = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook names another
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=ROOT, env=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     library = Path(unravelling.__file__).resolve().parent
     try:
@@ -189,11 +211,7 @@ def _device(name: str) -> str:
     Where all of them are in use, that is the first.
     """
     if name != "auto":
-        try:
-            torch.zeros(1, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {name} cannot be used ({reason}): choose cpu, cuda or auto") from error
+        check_device(name)
         return name
     for number in range(torch.cuda.device_count()):
         lock = FileLock(Path(tempfile.gettempdir(), f"unravelling-{os.getuid()}-gpu{number}.lock"))

@@ -8,6 +8,7 @@ if __name__ == "__main__":  # Ctrl-C while PyTorch loads ends this without a tra
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from cells import KEYS, ROOT, checksum, follow
+from cells import KEYS, ROOT, about_weights, checksum, follow, read_json
 from filelock import FileLock
 from matrix import TARGETS, TRAINING, Row, configuration, rows
 from unravelling import load, save
@@ -29,6 +30,8 @@ from unravelling.weights import OWN, header
 
 FILE_LIMIT, LIMIT, HALF_LIMIT = 10_000_000, 40_000_000, 3_000_000
 """Bytes of one file in the data, of all of them, and of weights that are not halved in precision."""
+
+RESTORE = "restore the file, as by git checkout"
 
 PAGE = """# Runs
 
@@ -54,16 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status: 1 when something asked for was refused."""
     follow(os.environ.get("UNRAVELLING_PARENT"))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", help="folders in --runs; all that config.yaml names when none is given")
+    parser.add_argument("rows", nargs="*", type=Path, help="folders in --runs; all of config.yaml when none is given")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="default: runs")
     parser.add_argument("--data", type=Path, default=ROOT / "data", metavar="FOLDER", help="default: data")
     parser.add_argument("--drop", metavar="RECIPE", help="remove all results and weights of this recipe")
     options = parser.parse_args(arguments)
     try:
         config = configuration()
-        known = {row.folder.as_posix(): row for target in reversed(TARGETS) for row in rows(config, target)}
-        if unknown := [name for name in options.rows if name not in known]:
+        known = {row.folder: row for target in reversed(TARGETS) for row in rows(config, target)}
+        if unknown := [str(name) for name in options.rows if name not in known]:
             raise ValueError(f"config.yaml has no row {', '.join(unknown)}: name folders such as {next(iter(known))}")
+        if not options.runs.is_dir() and not options.drop:
+            raise ValueError(f"there is no folder {options.runs}: say by --runs where the runs are")
         everything = [row for target in ("paper", "weights") for row in rows(config, target)]
         chosen = [known[name] for name in options.rows] or everything
         refused = collect(chosen, options.runs, options.data, drop=options.drop)
@@ -99,6 +104,8 @@ def collect(chosen: Iterable[Row], runs: Path, data: Path, *, drop: str | None =
         try:
             refused = _prepare(chosen, runs, data, data / ".new", drop)
             os.replace(data / ".new", data / ".ready")
+        except ValueError as error:  # about what is a copy, and gone at once
+            raise ValueError(str(error).replace(str(data / ".new"), str(data))) from error
         finally:
             _complete(data)
     return refused
@@ -106,7 +113,16 @@ def collect(chosen: Iterable[Row], runs: Path, data: Path, *, drop: str | None =
 
 def runs_page(data: Path) -> str:
     """Return the page of runs: the CIFAR-10 rows that are asked for, and every one that is stored in ``data``."""
-    record, networks = _record(data / "results/cifar10"), _table(data / "results/cifar10/networks.csv")
+    folder = data / "results/cifar10"
+    record, networks = _record(folder), _table(folder / "networks.csv")
+    try:
+        return _page(record, networks)
+    except (LookupError, TypeError, ValueError) as error:
+        what = f"{folder}/networks.csv and provenance.json do not fit together ({error!r})"
+        raise ValueError(f"{what}: restore both, as by git checkout") from error
+
+
+def _page(record: dict[str, list[dict[str, Any]]], networks: pd.DataFrame) -> str:
     stored = [Row("cifar10", row.network, int(row.seed), row.recipe, tier=0) for row in networks[KEYS].itertuples()]
     asked = [row for row in rows(configuration(), "paper") if not row.members]
     lines, states = [], []
@@ -144,9 +160,9 @@ def _prepare(chosen: Iterable[Row], runs: Path, data: Path, new: Path, drop: str
     refused = []
     for row in chosen:
         try:
-            _put(row, runs, new)
+            source = _put(row, runs, new)
             if row.ships:
-                _ship(row, runs, new)
+                _ship(row, runs, new, source)
         except Refused as reason:
             refused.append(f"{row}: {reason}")
     sizes = {path.relative_to(new): path.stat().st_size for path in _files(new)}
@@ -158,20 +174,21 @@ def _prepare(chosen: Iterable[Row], runs: Path, data: Path, new: Path, drop: str
     return refused
 
 
-def _put(row: Row, runs: Path, new: Path) -> None:
-    """Put a row's cells in the place of its stored rows; no number is rewritten."""
+def _put(row: Row, runs: Path, new: Path) -> str | None:
+    """Put a row's cells in the place of its stored rows, and return what its weights are; no number is rewritten."""
     cells = {}
     for name in [*TRAINING, *row.measurements]:
         path = runs / row.folder / f"{name}.csv"
-        if path.exists():
+        if path.is_file():
             about = _cell(path)
             if hashlib.sha256(path.read_bytes()).hexdigest() != about.pop("sha256"):
                 raise Refused(f"{path} is not what was measured: delete it, and have it measured again")
             cells[path.name] = _table(path), about
-            if not _is(row, cells[path.name][0]).all():
-                raise Refused(f"{path} is about another network, seed or recipe: put it where it belongs")
+            if not len(cells[path.name][0]) or not _is(row, cells[path.name][0]).all():
+                what = "is about another network, seed or recipe, or holds nothing"
+                raise Refused(f"{path} {what}: put it where it belongs, or measure again")
     if not cells:
-        return
+        return None
     sources = {about["weights"] for _, about in cells.values()}
     if len(sources) > 1:
         raise Refused("its cells were measured on different weights: delete those of the earlier ones, measure again")
@@ -192,20 +209,29 @@ def _put(row: Row, runs: Path, new: Path) -> None:
         made = [*_without(record.get(name, []), {str(row)}), about | own]
         record[name] = sorted(made, key=lambda run: min(run["seconds"]))
     _write_record(record, folder)
+    return source
 
 
-def _ship(row: Row, runs: Path, new: Path) -> None:
-    """Put a row's weights into the data, in half precision where they are large."""
+def _ship(row: Row, runs: Path, new: Path, measured: str | None) -> None:
+    """Put a row's weights, those that its cells were measured on, into the data; in half precision where large."""
     source, path = runs / row.weights[0], new / _home(row)
-    if not source.exists() or checksum(source) == _shipped(row, new):
+    if not source.exists():
         return
+    try:
+        about = about_weights(source, dataset=row.dataset, network=row.network, recipe=row.recipe, seed=row.seed)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if (own := checksum(source)) == _shipped(row, new):
+        return
+    if measured not in (own, None):
+        raise Refused(f"{source} is not what its cells were measured on: delete those, and measure again")
     if path.exists() and header(path).get("recipe") != row.recipe:
         raise Refused(f"{_home(row)} holds recipe {header(path).get('recipe')}: drop that recipe first")
     part = path.with_name("part.safetensors")
     part.parent.mkdir(parents=True, exist_ok=True)
     if source.stat().st_size > HALF_LIMIT:
-        about = {key: value for key, value in header(source).items() if key not in OWN}
-        save(load(source), part, half=True, **about | {"source": checksum(source)})
+        kept = {key: value for key, value in about.items() if key not in (*OWN, "network")}
+        save(load(source), part, half=True, **kept | {"source": own})
     else:
         shutil.copyfile(source, part)
     os.replace(part, path)
@@ -264,12 +290,18 @@ def _table(path: Path) -> pd.DataFrame:
     """Return a table of texts, exactly as it is written; one without lines where there is none."""
     if not path.exists():
         return pd.DataFrame(columns=KEYS)
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.reader(file))
-    for number, line in enumerate(lines, 1):
-        if len(line) != len(lines[0]) or (number == 1 and line[: len(KEYS)] != KEYS):
-            raise ValueError(f"{path}, line {number} is broken: restore the file, as by git checkout, or delete it")
-    return pd.DataFrame(lines[1:], columns=lines[0])
+    lines: list[list[str]] = []
+    with path.open(encoding="utf-8", newline="") as file, contextlib.suppress(csv.Error, UnicodeDecodeError):
+        for line in csv.reader(file, strict=True):
+            head = lines[0] if lines else line
+            sound = len(line) == len(head) and line[2].isdecimal() if lines else len({*line}) == len(line)
+            if not sound or head[: len(KEYS)] != KEYS:
+                break
+            lines.append(line)
+        else:
+            if lines:
+                return pd.DataFrame(lines[1:], columns=lines[0])
+    raise ValueError(f"{path}, line {len(lines) + 1} is broken: {RESTORE}, or delete it")
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
@@ -279,28 +311,27 @@ def _write(table: pd.DataFrame, path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        place = f"{path}, line {error.lineno} is broken ({error.msg})"
-        raise ValueError(f"{place}: restore the file, as by git checkout, or delete it") from error
-
-
 def _cell(path: Path) -> dict[str, Any]:
     """Return the record of a cell."""
     try:
-        about = _json(path.with_suffix(".json"))
-        if missing := [key for key in ("sha256", "weights", "seconds", "hardware", "commit") if key not in about]:
+        about = read_json(path.with_suffix(".json"), "no JSON")
+        kinds = {"sha256": str, "weights": str, "seconds": float | int, "hardware": str, "commit": str}
+        if missing := [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError, AttributeError) as error:
         raise Refused(f"the record of {path} cannot be read ({error}): delete both, measure again") from error
     return about
 
 
 def _record(folder: Path) -> dict[str, list[dict[str, Any]]]:
     path = folder / "provenance.json"
-    return _json(path) if path.exists() else {}
+    record = read_json(path, RESTORE) if path.exists() else {}
+    try:
+        if all(isinstance(run["seconds"], dict) for made in record.values() for run in made):
+            return record
+    except (AttributeError, LookupError, TypeError):
+        pass
+    raise ValueError(f"{path} is no record of tables: {RESTORE}")
 
 
 def _write_record(record: dict[str, list[dict[str, Any]]], folder: Path) -> None:
@@ -317,18 +348,23 @@ def _complete(data: Path) -> None:
 
     What is there is copied, so that ``.ready`` stays as it is, and a kill leaves what the next call completes.
     """
-    whole, new = data / ".ready", data / ".new"
+    whole, new, last = data / ".ready", data / ".new", data / ".ready/RUNS.md"
     shutil.rmtree(new, ignore_errors=True)
-    if whole.exists():
-        for path in _files(whole):
-            home = data / path.relative_to(whole)
-            if not home.exists() or home.read_bytes() != path.read_bytes():
+    if last.exists():
+        there = [path for name in ("results", "weights") for path in _files(data / name)]
+        coming = {data / path.relative_to(whole): path.read_bytes() for path in _files(whole)}
+        for path in there:
+            if path.stat().st_mtime > last.stat().st_mtime and path.read_bytes() != coming.get(path):
+                what = f"{path} has changed since a collector was killed"
+                raise ValueError(f"{what}: delete {whole} to keep it, and collect anew")
+        for home, content in coming.items():
+            if not home.exists() or home.read_bytes() != content:
                 home.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, data / ".part")
+                shutil.copyfile(whole / home.relative_to(data), data / ".part")
                 os.replace(data / ".part", home)
-        for path in [path for name in ("results", "weights") for path in _files(data / name)]:
-            if not (whole / path.relative_to(data)).exists():
-                path.unlink()
+        for path in set(there).difference(coming):
+            path.unlink()
+    if whole.exists():
         os.replace(whole, new)
         shutil.rmtree(new)
 

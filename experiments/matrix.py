@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from measurements import ENSEMBLE, applicable
 from unravelling import RECIPES, build
+from unravelling.chain import check_number
+from unravelling.nets import SHAPES
 
 TARGETS = ("paper", "weights", "toy")
 TRAINING = ("networks", "training", "gradient_norms", "spectrum_training")
@@ -81,13 +83,21 @@ def rows(config: Mapping[str, Any], target: str) -> Iterator[Row]:
     Raises:
         ValueError: a recipe, network, measurement or key is unknown, or of the wrong kind.
     """
-    dataset, base = config[target]["dataset"], config[target]["recipe"]
-    for line in config[target]["rows"]:
+    try:
+        dataset, base, lines = config[target]["dataset"], config[target]["recipe"], [*config[target]["rows"]]
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{target} needs dataset, recipe and rows") from error
+    if dataset not in SHAPES:
+        raise ValueError(f"{target}: there is no dataset {dataset}: choose {', '.join(SHAPES)}")
+    for line in lines:
+        if not isinstance(line, Mapping) or not {"network", "seeds"} <= set(line):
+            raise ValueError(f"{target}: the row {line!r} needs network and seeds")
         for key, value in line.items():
             if key not in KINDS:
                 raise ValueError(f"{target}: {key} is not known: a row has {', '.join(KINDS)}")
             if type(value) is not KINDS[key]:
                 raise ValueError(f"{target}: {key} must be a {KINDS[key].__name__}, not {value!r}")
+        check_number(1, members=line.get("members", 1))
         recipe = line.get("recipe") or "-".join(filter(None, (base, line.get("variant"))))
         name, size = line["network"], line.get("members", 0)
         possible = tuple(ENSEMBLE) if size else _applicable(name)

@@ -12,12 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from cells import checksum, parser, run, write
+from cells import about_weights, checksum, parser, run, write
 from measurements import ENSEMBLE, TABLE
 from unravelling import load
 from unravelling.data import load_dataset
 from unravelling.train import RECIPES, as_tested
-from unravelling.weights import header
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,11 +41,7 @@ def measure(options: argparse.Namespace) -> None:
     asked = {"dataset": options.dataset, "recipe": options.recipe}
     asked |= {} if together else {"seed": options.seed, "network": options.network}
     for path in options.weights:
-        found = header(path)
-        found["network"] = found["architecture"]["name"]
-        for name, value in asked.items():
-            if found.get(name) != value:
-                raise ValueError(f"{path} has {name} {found.get(name)}, not {value}: give its own weights")
+        about_weights(path, **asked)
     data, chains = load_dataset(options.dataset, options.data), [load(path) for path in options.weights]
     chains = [as_tested(chain.to(options.device), RECIPES[options.recipe]) for chain in chains]
     measurement = (TABLE | ENSEMBLE)[options.what]

@@ -175,7 +175,6 @@ def norms_of_paths(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Da
     chain = copy.deepcopy(chain).double()
     samples = 100 if data.name == "cifar10" else 20
     x, y = test.batches(len(test), device_of(chain))[0]
-    x = x.double()
     table = paths.path_norms(chain, x, y, 20, seed)
     table["exact"] = paths.spectrum(paths.gradient_by_length(chain, x, y))["norm"]
     lengths = table.loc[table["paths"] > 0, "length"]

@@ -8,23 +8,23 @@ if __name__ == "__main__":  # Ctrl-C while PyTorch loads ends this without a tra
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import json
 import math
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from cells import checksum, parser, run, sweep, write
+from cells import checksum, parser, read_json, run, sweep, write
 from measurements import first, has_skips, spectrum_in_training
 from unravelling import build, evaluate, fit, gradient_norms, save
 from unravelling.batches import device_of
 from unravelling.chain import Chain
-from unravelling.data import Dataset, load_dataset, write_atomically
+from unravelling.data import Dataset, check_path, load_dataset, write_atomically
 from unravelling.train import RECIPES, as_tested
 
 SNAPSHOTS = {0, 1, 2, 4, 5, 10, 15, 20, 50, 100, 164}
@@ -49,7 +49,7 @@ def train(options: argparse.Namespace) -> None:
         OSError: a file could not be written; what was written before is whole.
     """
     name = f"{options.network}-seed{options.seed}-{options.recipe}"
-    checkpoint = options.checkpoint or options.out.with_name("checkpoint.pt")
+    checkpoint = check_path(checkpoint=options.checkpoint or options.out.with_name("checkpoint.pt"))
     previous, progress = checkpoint.with_suffix(".previous.pt"), checkpoint.with_suffix(".seconds.json")
     recipe, data = RECIPES[options.recipe], load_dataset(options.dataset, options.data)
     chain = build(options.network, options.dataset, seed=options.seed).to(options.device)
@@ -65,7 +65,8 @@ def train(options: argparse.Namespace) -> None:
         fitting(checkpoint=previous, stop_after=0)
         print(f"{error}\ngoing on from the one before it, an epoch earlier", flush=True)
         write_atomically(checkpoint, lambda to: shutil.copyfile(previous, to))
-    seconds = json.loads(progress.read_text()) if checkpoint.exists() and progress.exists() else []
+    going_on = checkpoint.exists() and progress.exists()
+    seconds = read_json(progress, "delete it, and the record will lack the time so far") if going_on else []
     clock = time.perf_counter()
 
     def on_epoch(epoch: int, chain: Chain) -> None:
@@ -87,7 +88,7 @@ def train(options: argparse.Namespace) -> None:
             history = fitting(checkpoint=checkpoint, stop_after=1, on_epoch=on_epoch)
             now = history.iloc[-1]
             errors = f"errors: training {100 * now.train_error:.1f} %, validation {100 * now.validation_error:.1f} %"
-            print(f"{name}: epoch {len(history)} of {total}, {seconds[-1]:.0f} s; {errors}", flush=True)
+            print(f"{name}: epoch {len(history)} of {total}, {sum(seconds[-1:]):.0f} s; {errors}", flush=True)
     _write(chain, data, history, checkpoint, options, sum(seconds))
 
 
@@ -108,7 +109,7 @@ def _write(
     for name in ("gradient_norms", "spectrum_training"):
         files = [checkpoint.with_suffix(f".{epoch}.{name}.csv") for epoch in sorted(_snapshots(len(history))[name])]
         if all(file.exists() for file in files):
-            table = pd.concat(map(pd.read_csv, files))
+            table = pd.concat(map(_snapshot, files))
             tables[name] = table[["epoch", *table.columns.drop("epoch")]]
     total = round(seconds + time.perf_counter() - start, 1)
     about = {"data": data.label, "seconds": total, "weights": checksum(chain.state_dict())}
@@ -121,6 +122,14 @@ def _write(
     for left in checkpoint.parent.glob(f"{checkpoint.stem}.*"):
         left.unlink()
     print(f"{options.out}: test error {100 * scores['test']['error']:.2f} %, {total:.0f} s", flush=True)
+
+
+def _snapshot(path: Path) -> pd.DataFrame:
+    with contextlib.suppress(ValueError):
+        table = pd.read_csv(path)
+        if not table.isna().any(axis=None):
+            return table
+    raise ValueError(f"{path} is broken: delete it, and go on without the table that it belongs to")
 
 
 def _snapshots(total: int) -> dict[str, set[int]]:
@@ -140,7 +149,7 @@ def _in_training(epoch: int, total: int, chain: Chain, data: Dataset) -> dict[st
     return tables
 
 
-@contextmanager
+@contextlib.contextmanager
 def _compiled(chain: Chain, wanted: bool) -> Iterator[None]:
     """Compile every unit in place, so that the names of its parameters stay.
 

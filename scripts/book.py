@@ -14,6 +14,7 @@ import ast
 import base64
 import contextlib
 import csv
+import inspect
 import io
 import json
 import os
@@ -126,8 +127,9 @@ def refuse(name: str, value: Any, default: Any) -> None:
         fits, wanted = value in named, "one of " + ", ".join(sorted(named))
     elif default is None or kind is int:
         least = 0 if default == 0 else 1  # what is 0 at first may be 0: a seed, "as many as usual"
-        fits = (type(value) is int and value >= least) or (value is None and default is None)
-        wanted = f"a whole number of at least {least}" + ", or null for the page's own choice" * (default is None)
+        fits = (type(value) is int and least <= value < 2**31) or (value is None and default is None)
+        own = ", or null for the page's own choice" * (default is None)
+        wanted = f"a whole number of at least {least}, below {2**31}{own}"
     else:
         fits, wanted = type(value) is kind, {bool: "true or false", str: "text"}.get(kind, f"a {kind.__name__}")
     if not fits:
@@ -183,7 +185,12 @@ def prepare(*options: str) -> None:
     """
     parser = argparse.ArgumentParser(prog="PARAMETERS", usage='make book PARAMETERS="-p DATASET cifar10"')
     parser.add_argument("-p", dest="given", nargs=2, action="append", default=[])
-    given = {name: yaml.safe_load(text) for name, text in parser.parse_args(options).given}
+    given = {}
+    for name, text in parser.parse_args(options).given:
+        try:
+            given[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise BookError(f"the parameter {name} cannot be {text}, which is no YAML: {error}") from error
     paths = sorted(BOOK.glob("*.ipynb"))
     known = {path: declared(read(path)) for path in paths}
     for name in set(given).difference(*known.values()):
@@ -214,6 +221,8 @@ def execute(name: str) -> None:
             read(BOOK / f"{name}.ipynb"), report, parameters, kernel_name="python3", language="python", cwd=BOOK,
             progress_bar=False, execution_timeout=CELL_TIMEOUT,
             extra_arguments=["--IPKernelApp.log_level=ERROR"])  # a kernel warns about its sockets
+    except OSError as error:  # of the report; a cell's would come as papermill's own
+        raise BookError(f"{report.relative_to(ROOT)} could not be written: {error}") from error
     except Exception as error:  # whatever stopped the notebook
         cells = [c for c in read(report).cells if not ADDED.intersection(tags(c))] if report.exists() else []
         begun = [i for i, c in enumerate(cells, 1) if c.metadata.get("papermill", {}).get("status") != "pending"]
@@ -264,7 +273,7 @@ def pages(runs: str, target: str) -> None:
         write(REPORTS / "pages.log", text)
         if failed:
             complaints = [line for line in text.splitlines() if re.search("WARNING|ERROR|CRITICAL|rror:", line)]
-            raise BookError("\n".join([*complaints, "the pages were not built, and the old ones stay: "
+            raise BookError("\n".join([*complaints, f"the pages were not built in {BUILD}, and the old ones stay: "
                                        f"{REPORTS.relative_to(ROOT)}/pages.log has the rest"]))
         publish(source / "html", Path(scratch, "plain"), {p.name: read(p) for p in (source / "book").glob("*.ipynb")})
         first = yaml.safe_load((source / "_toc.yml").read_text())["root"]
@@ -307,8 +316,11 @@ def publish(html: Path, target: Path, notebooks: dict[str, NotebookNode]) -> Non
 
 def owner(url: str) -> None:
     """Name the repository, wherever it is named, and no longer a placeholder."""
-    kinds, old = {".md", ".ipynb", ".yml", ".cff", ".toml"}, settings()["repository"]["url"]
-    (was, book), (now, name) = (address.rstrip("/").rsplit("/", 2)[1:] for address in (old, url))
+    kinds, pattern = {".md", ".ipynb", ".yml", ".cff", ".toml"}, r"https://github\.com/([\w-]+)/([\w.-]+?)(?:\.git)?/?"
+    old, new = (re.fullmatch(pattern, address) for address in (settings()["repository"]["url"], url))
+    if not old or not new:
+        raise BookError(f"URL={url}: expected one such as https://github.com/you/book")
+    (was, book), (now, name) = old.groups(), new.groups()
     for path in [p for p in [*ROOT.glob("*"), *ROOT.glob("[!._]*/**/*")] if p.suffix in kinds and p.is_file()]:
         text = path.read_text().replace(f"{was}/{book}", f"{now}/{name}").replace(f"  {PLACEHOLDER}", "")
         if write(path, text.replace(f"home = \\\"/content/{book}", f"home = \\\"/content/{name}")):
@@ -360,8 +372,12 @@ if __name__ == "__main__":
     for ending in (signal.SIGINT, signal.SIGTERM):  # also where a shell had it ignore the former, as in the background
         signal.signal(ending, end)
     end_with_parent()
+    commands = {each.__name__: each for each in (prepare, execute, pages, refresh, owner)}
     try:
-        commands = {each.__name__: each for each in (prepare, execute, pages, refresh, owner)}
+        inspect.signature(commands[sys.argv[1]]).bind(*sys.argv[2:])
+    except (LookupError, TypeError):
+        sys.exit(__doc__)
+    try:
         commands[sys.argv[1]](*sys.argv[2:])
     except (BookError, OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")

@@ -166,11 +166,14 @@ def test_unknown_parameter_is_an_error_and_a_known_one_counts(project):
 
 @pytest.mark.parametrize(("source", "value", "wanted"), [
     ("N = 3", "0", "cannot be 0: it takes a whole number of at least 1"),
-    ("N = None  # None: all", "0", "at least 1, or null for the page's own choice"),
+    ("N = None  # None: all", "0", "at least 1, below 2147483648, or null for the page's own choice"),
     ("N = 3", "2.5", "cannot be 2.5: it takes a whole number"),
     ("N = 3", "true", "cannot be True: it takes a whole number"),
     ("N = 3", "many", "cannot be 'many': it takes a whole number"),
     ("N = 3", "null", "cannot be None: it takes a whole number"),
+    ("N = 3", "99999999999999999999", "it takes a whole number of at least 1, below 2147483648"),
+    ("N = 3", "[1", "cannot be [1, which is no YAML: "),
+    ("N = 3", "!!python/object:os.system", "cannot be !!python/object:os.system, which is no YAML: "),
     ("N = 0", "-1", "cannot be -1: it takes a whole number of at least 0"),
     ("N = False", "1", "it takes true or false"),
     ('N = \\"\\"', "1", "it takes text"),
@@ -315,6 +318,50 @@ def test_placeholder_of_the_repository_is_warned_of_until_somebody_owns_it(proje
     assert project.make("pages").stderr == ""
     assert "/blob/plain/book/01-one.ipynb" in (project.root / "_build/committed/book/01-one.html").read_text()
     assert "github/me/mine/" in (project.root / "_build/committed/book/01-one.html").read_text()
+
+
+@pytest.mark.parametrize("address", [
+    "", "x", "me/mine", "https://github.com/me", "https://github.com//", "git@github.com:me/mine.git",
+    "https://github.com/me/mine/tree/main", "https://gitlab.com/me/mine", "https://github.com/me/mi ne",
+])
+def test_what_is_no_address_of_a_repository_is_written_nowhere(project, address):
+    (project.root / "README.md").write_text(f"See {book.settings()['repository']['url']}.")
+    before = tree(project.root)
+    done = project.make("owner", f"URL={address}")
+    assert done.returncode != 0
+    assert f"error: URL={address}: expected one such as https://github.com/you/book" in done.stderr
+    assert tree(project.root) == before
+
+
+def test_an_address_as_git_gives_it_will_do(project):
+    assert project.make("owner", "URL=https://github.com/me/my.book.git").returncode == 0
+    assert "  url: https://github.com/me/my.book\n" in (project.root / "_config.yml").read_text()
+
+
+@pytest.mark.parametrize("words", [[], ["nothing"], ["execute"], ["pages", "a"], ["owner", "a", "b"]])
+def test_a_call_that_is_none_shows_what_there_is(words):
+    script = [sys.executable, ROOT / "scripts/book.py"]
+    done = subprocess.run([*script, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "book.py execute 05-deleting-blocks" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("target", "kibibytes", "named"), [
+    ("_build/executed/01-one.ipynb", 8, "_build/reports/01-one.ipynb could not be written: [Errno 27] File too large"),
+    ("pages", 16, "book-math.woff2"),
+    ("pages", 300, "the pages were not built in "),
+])
+def test_a_full_disk_names_what_could_not_be_written(project, target, kibibytes, named):
+    """The operating system refuses to write more than so much into a file."""
+    project.replace("print('N is', N)", "print('x' * 200_000)")
+    limited = f"trap '' XFSZ; ulimit -f {kibibytes}; exec \"$@\""
+    done = project.make(target, start=lambda words, **how: subprocess.run(["bash", "-c", limited, "-", *words], **how))
+    assert done.returncode != 0
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project.root / target).exists()
+    assert not list((project.root / "_build").glob("pages-*"))
 
 
 def test_failed_refresh_changes_no_output(project):

@@ -1,6 +1,7 @@
 """The long runs: training that resumes, cells, the collector that touches nothing else, and Snakemake being killed."""
 # ruff: noqa: E402 (the scripts are found by path)
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from unravelling import RECIPES, Dataset, build, digits, load, save
+from unravelling.data import write_tensors
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -32,6 +34,7 @@ import train
 import yaml
 from filelock import FileLock
 
+HEAD = "dataset,network,seed,recipe"
 CONFIG = yaml.safe_load((ROOT / "experiments/config.yaml").read_text(encoding="utf-8"))
 TOY = list(matrix.rows(CONFIG, "toy"))
 needs_snakemake = pytest.mark.skipif(
@@ -123,10 +126,30 @@ def test_ensembles_share_no_member():
         ({"network": "rasnet8"}, "unknown network 'rasnet8'"),
         ({"measure": ["delete_all"]}, "no measurement delete_all for resnet8: choose intact, "),
         ({"network": "plain8", "measure": ["spectrum"]}, "no measurement spectrum for plain8"),
+        ({"members": 0}, "members must be at least 1, not 0"),
+        ({"members": -1}, "members must be at least 1, not -1"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_named(line, message):
     config = {"paper": {"dataset": "digits", "recipe": "digits", "rows": [{"network": "resnet8", "seeds": [0]} | line]}}
+    with pytest.raises(ValueError, match=message):
+        list(matrix.rows(config, "paper"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "paper needs dataset, recipe and rows"),
+        ([], "paper needs dataset, recipe and rows"),
+        ({"paper": None}, "paper needs dataset, recipe and rows"),
+        ({"paper": {"dataset": "digits", "recipe": "digits"}}, "paper needs dataset, recipe and rows"),
+        ({"paper": {"dataset": "digits", "recipe": "digits", "rows": None}}, "paper needs dataset, recipe and rows"),
+        ({"paper": {"dataset": "mnist", "recipe": "digits", "rows": []}}, "there is no dataset mnist: choose digits,"),
+        ({"paper": {"dataset": "digits", "recipe": "digits", "rows": ["a"]}}, "the row 'a' needs network and seeds"),
+        ({"paper": {"dataset": "digits", "recipe": "digits", "rows": [{"network": "resnet8"}]}}, "needs network and"),
+    ],
+)
+def test_a_matrix_that_lacks_something_is_named(config, message):
     with pytest.raises(ValueError, match=message):
         list(matrix.rows(config, "paper"))
 
@@ -216,6 +239,10 @@ def test_a_measurement_that_does_not_apply_or_weights_of_another_network_are_ref
     said = capsys.readouterr().err
     assert all(text in said for text in ("does not apply to resnet8", "has seed 0, not 1", "has network resnet8, not"))
     assert not list(tmp_path.iterdir())
+    write_tensors(tmp_path / "bare.safetensors", {"weight": torch.zeros(1)}, {"format": "unravelling/1"})
+    ask[1] = str(tmp_path / "bare.safetensors")
+    assert measure.main(["--network", "resnet8", *ask, "intact"]) == 2
+    assert "bare.safetensors has dataset None, not digits" in capsys.readouterr().err
 
 
 def test_several_networks_make_one_cell(runs, tmp_path):
@@ -290,6 +317,41 @@ def test_a_damaged_checkpoint_costs_one_epoch(tmp_path, monkeypatch, capsys):
     assert tables[0] == tables[1]
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A row that was stopped between its last epoch and its tables."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=1))
+        patch.setattr(train, "_write", lambda *arguments: (_ for _ in ()).throw(OSError("the disk is full")))
+        assert train.main(words(TOY[0], "--out", folder / "weights.safetensors")) == 2
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("checkpoint.seconds.json", b"[1, "),
+        ("checkpoint.seconds.json", b"\xff"),
+        ("checkpoint.1.gradient_norms.csv", b""),
+        ("checkpoint.1.gradient_norms.csv", b"\xff\xfe\0"),
+        ("checkpoint.1.gradient_norms.csv", b"state,gradient_norm,epoch\n0,0.5,1\n1,0."),
+        ("checkpoint.0.spectrum_training.csv", b"a,b\n1,2\n3,4,5\n"),
+    ],
+)
+def test_a_broken_file_beside_the_checkpoint_is_named(name, content, stopped, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=1))
+    shutil.copytree(stopped, tmp_path / "row")
+    (tmp_path / "row" / name).write_bytes(content)
+    assert train.main(words(TOY[0], "--out", tmp_path / "row/weights.safetensors")) == 2
+    said = capsys.readouterr().err
+    assert f"{name}" in said
+    assert "broken" in said
+    assert "delete" in said
+    (tmp_path / "row" / name).unlink()  # as it says
+    assert train.main(words(TOY[0], "--out", tmp_path / "row/weights.safetensors")) == 0
+
+
 def test_units_are_compiled_for_the_training_alone(monkeypatch):
     import torch._dynamo
 
@@ -311,6 +373,14 @@ def test_commands_are_quoted_and_name_no_folder_of_one_machine(monkeypatch):
     assert shlex.split(text) == [*expected, "runs/it's here/w.safetensors", "--network", "a b"]
 
 
+def test_paths_that_lead_nowhere_are_no_end_of_a_long_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    text = cells.command(["--data=~nobody-of-this-name/x", "--data", f"{tmp_path}/loop/x", "--out", "~/x", "--seed="])
+    assert text == "python experiments/train.py --data=PATH --data PATH --out PATH --seed="
+
+
 def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(tmp_path)]
     subprocess.run([*git, "init", "--quiet"], check=True, timeout=60)
@@ -320,6 +390,10 @@ def test_the_commit_is_of_this_project_alone(tmp_path, monkeypatch):
     for folder in (inner, tmp_path.resolve()):  # beneath another project's repository; one that lacks our files
         monkeypatch.setattr(cells, "ROOT", folder)
         assert cells.commit() == "unknown"
+    monkeypatch.undo()
+    own = cells.commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook of another repository
+    assert cells.commit() == own
 
 
 def test_the_commit_says_when_code_has_changed_since(tmp_path, monkeypatch):
@@ -365,7 +439,12 @@ def test_jobs_share_the_gpus_out(monkeypatch):
         ("--device", "cuda:99"),
         ("--device", "tpu"),
         ("--device", ""),
+        ("--device", "hpu"),
+        ("--device", "meta"),
         ("--threads", "0"),
+        ("--threads", "99999999999"),
+        ("--checkpoint", ""),
+        ("--data", "~nobody-of-this-name/images"),
         ("--out", "w.pt"),
         ("--out", ""),
         ("--out", "."),
@@ -446,6 +525,62 @@ def test_rows_go_in_and_nothing_else_is_touched(runs, data):
     made = [run for run in new["intact.csv"] if "resnet8-seed1-digits" in run["seconds"]]
     assert made[0]["weights"]["resnet8-seed1-digits"] == cells.checksum(runs / TOY[1].folder / "weights.safetensors")
     assert set(after) - set(before) == {"weights/digits/resnet8-seed0.safetensors"}
+
+
+def test_weights_that_are_damaged_or_not_the_measured_ones_stay_outside(runs, tmp_path):
+    own = tmp_path / "runs" / TOY[0].folder / "weights.safetensors"
+    shutil.copytree(runs, tmp_path / "runs")
+    content = own.read_bytes()
+    about = {"dataset": "digits", "recipe": "digits", "seed": 0}
+    other = save(build("resnet8", "digits", seed=9), tmp_path / "o.safetensors", **about)
+    for bad, message in (
+        (content[:-50] + bytes([content[-50] ^ 1]) + content[-49:], "weights.safetensors is damaged: its content does"),
+        (b"junk", "weights.safetensors is truncated or no safetensors file"),
+        ((runs / TOY[1].folder / "weights.safetensors").read_bytes(), "weights.safetensors has seed 1, not 0"),
+        (other.read_bytes(), "weights.safetensors is not what its cells were measured on"),
+    ):
+        own.write_bytes(bad)
+        (refused,) = collect.collect(TOY, tmp_path / "runs", tmp_path / "data")
+        assert message in refused
+        assert not list((tmp_path / "data/weights").rglob("*.safetensors"))
+    own.write_bytes(content)
+    assert collect.collect(TOY, tmp_path / "runs", tmp_path / "data") == []
+    assert (tmp_path / "data/weights/digits/resnet8-seed0.safetensors").read_bytes() == content
+
+
+def test_what_is_changed_after_a_kill_is_not_taken_back(runs, data, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dying(old, new, rename=os.replace):
+        if Path(old).name == ".part":
+            raise Killed
+        rename(old, new)
+
+    with monkeypatch.context() as patch:  # all lies ready, and nothing is in its place
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(Killed):
+            collect.collect(TOY[1:], runs, data)
+    table = data / "results/digits/intact.csv"
+    for path in (table, data / "weights/digits/pulled.safetensors"):
+        shutil.copytree(data, data.parent / path.name)
+        path.write_text("dataset,network,seed,recipe\n")
+        os.utime(path, (time.time() + 1,) * 2)
+        before = contents(data)
+        with pytest.raises(ValueError, match=rf"{path} has changed since a collector was killed: delete .*\.ready to"):
+            collect.collect([], runs, data)
+        assert contents(data) == before
+        shutil.rmtree(data)
+        shutil.move(data.parent / path.name, data)
+    assert collect.collect([], runs, data) == []  # what nobody else has touched is completed
+    assert "resnet8,1," in table.read_text()
+
+
+def test_what_is_not_whole_is_never_brought_in(runs, data):
+    before = contents(data)
+    (data / ".ready/results").mkdir(parents=True)
+    assert collect.collect([], runs, data) == []
+    assert contents(data) == before
 
 
 def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path, monkeypatch):
@@ -537,26 +672,70 @@ def test_cells_of_another_row_are_refused(runs, tmp_path):
     [
         ("results/digits/intact.csv", "dataset,network,seed,recipe,error\ndigits,resnet8,0", r"intact\.csv, line 2 is"),
         ("results/digits/intact.csv", "<<<<<<< HEAD\n", r"intact\.csv, line 1 is broken: restore the file"),
+        ("results/digits/intact.csv", "", r"intact\.csv, line 1 is broken"),
+        ("results/digits/intact.csv", HEAD + ",error,error\n", r"intact\.csv, line 1 is broken"),
+        ("results/digits/intact.csv", HEAD + "\n\udcff\n", r"intact\.csv, line \d is broken"),
+        ("results/digits/intact.csv", HEAD + '\ndigits,resnet8,0,digits\ndigits,resnet8,"0', r"intact\.csv, line 3 is"),
+        ("results/digits/intact.csv", HEAD + "\ndigits,resnet8,x,digits\n", r"intact\.csv, line 2 is broken"),
+        ("results/digits/intact.csv", HEAD + f"\n{'a' * 200_000},b,1,c\n", r"intact\.csv, line 2 is broken"),
+        ("results/cifar10/networks.csv", HEAD + "\ncifar10,resnet20,0,short\n", r"cifar10/networks\.csv and prov"),
+        ("results/cifar10/networks.csv", HEAD + ",test_error,test_images\ncifar10,resnet20,0,short,0.1,9\n",
+         r"cifar10/networks\.csv and provenance\.json do not fit together .*restore both, as by git checkout"),
+        ("results/cifar10/networks.csv", HEAD + "\ndigits,resnet20,0,short\n", r"cifar10/networks\.csv and proven"),
         ("results/digits/provenance.json", '{\n "a.csv": [\n', r"provenance\.json, line 3 is broken .*: restore"),
+        ("results/digits/provenance.json", "\udcff", r"provenance\.json, line 1 is broken .*: restore"),
+        ("results/digits/provenance.json", "[]", r"provenance\.json is no record of tables: restore"),
+        ("results/digits/provenance.json", '{"a.csv": 3}', r"provenance\.json is no record of tables: restore"),
+        ("results/digits/provenance.json", '{"a.csv": [{}]}', r"provenance\.json is no record of tables: restore"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_file_is_named_with_its_line_and_nothing_changes(name, content, message, runs, tmp_path):
     path = tmp_path / "data" / name
     path.parent.mkdir(parents=True)
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    path.write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message) as caught:
         collect.collect(TOY, runs, tmp_path / "data")
-    assert contents(tmp_path / "data") == {name: content.encode()}
+    assert str(path.parent) in str(caught.value), "where it is, and not where it was copied to"
+    assert contents(tmp_path / "data") == {name: content.encode(errors="surrogateescape")}
 
 
-@pytest.mark.parametrize("content", ['{"sha256": ', "{}", "[]", None])
+@pytest.mark.parametrize(
+    "content",
+    ['{"sha256": ', "{}", "[]", "3", None, {"seconds": "1"}, {"seconds": None}, {"weights": ["a"]}, {"hardware": 3}],
+)
 def test_a_cell_without_its_record_is_refused(content, runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     record = tmp_path / "runs" / TOY[0].folder / "intact.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(record.read_text()) | content)
     record.write_text(content) if content else record.unlink()
     (refused,) = collect.collect(TOY, tmp_path / "runs", tmp_path / "data")
     assert "intact.csv" in refused
     assert "delete both, measure again" in refused
+
+
+def test_a_cell_without_rows_is_refused_and_a_pipe_is_none(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs" / TOY[0].folder / "intact.csv"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    record = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(record | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+    (refused,) = collect.collect(TOY[:1], tmp_path / "runs", tmp_path / "data")
+    assert "intact.csv is about another network, seed or recipe, or holds nothing" in refused
+    path.unlink()
+    os.mkfifo(path)
+    assert collect.collect(TOY[:1], tmp_path / "runs", tmp_path / "data") == []
+    assert not (tmp_path / "data/results/digits/intact.csv").exists()
+
+
+def test_rows_may_be_named_as_a_shell_completes_them_and_runs_must_be_there(runs, tmp_path, capsys):
+    where = ["--data", str(tmp_path / "data"), "--runs"]
+    assert collect.main([f"{TOY[0].folder}/", *where, str(runs)]) == 0
+    assert "resnet8,0," in (tmp_path / "data/results/digits/intact.csv").read_text()
+    assert collect.main([f"{TOY[0].folder}", *where, str(tmp_path / "nowhere")]) == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    assert collect.main([f"{TOY[0].folder}9", *where, str(runs)]) == 2
+    assert "config.yaml has no row" in capsys.readouterr().err
 
 
 def test_a_broken_configuration_is_named(tmp_path, monkeypatch, capsys):

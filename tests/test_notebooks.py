@@ -430,9 +430,9 @@ def test_git_ignores_neither_library_nor_data():
         pytest.skip("not a git checkout")
     paths = ["lib/unravelling/chain.py", "data/weights/digits/a.safetensors", "data/results/digits/a.csv",
              "book/index.ipynb", "book/images/overview.png"]
-    done = subprocess.run(["git", "check-ignore", "--no-index", *paths], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == ""
-    built = subprocess.run(["git", "check-ignore", "_build/html", ".venv"], cwd=ROOT, capture_output=True, text=True)
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
+    assert subprocess.run(["git", "check-ignore", "--no-index", *paths], **how).stdout == ""
+    built = subprocess.run(["git", "check-ignore", "_build/html", ".venv"], **how)
     assert built.stdout.split() == ["_build/html", ".venv"]
 
 

@@ -19,6 +19,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 from test_notebooks import files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,7 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, copy)
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
-    subprocess.run([*command, "--wheel-dir", target, copy], check=True)
+    subprocess.run([*command, "--wheel-dir", target, copy], check=True, timeout=600)
     (path,) = target.glob("*.whl")
     return path
 
@@ -97,7 +98,7 @@ def installed(wheel, tmp_path_factory):
     def run(code):
         (folder / "use.py").write_text(code)
         done = subprocess.run([sys.executable, "use.py"], capture_output=True, text=True, check=False, cwd=folder,
-                              env={**os.environ, "PYTHONPATH": str(folder)})
+                              env={**os.environ, "PYTHONPATH": str(folder)}, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -290,6 +291,44 @@ def test_each_range_is_written_once():
         assert set(re.search(r"\.\[(.*?)\]", path.read_text())[1].split(",")) == extras
 
 
+def test_what_is_locked_fits_the_ranges_and_has_hashes():
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text().strip())
+    locked = {}
+    for entry in entries:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry), f"{entry.splitlines()[0]} has no hash"
+        name, version = re.match(r"([\w.-]+)==([^ ;\\]+)", entry).groups()
+        locked.setdefault(name.lower().replace("_", "-"), []).append(version)
+    wanted = [*declared(), *ranges(ROOT / "requirements.txt"), *ranges(ROOT / "experiments/requirements.txt")]
+    assert len(wanted) > 30
+    for name, range_ in wanted:
+        versions = locked.get(name.lower(), [])
+        assert versions, f"{name} is not locked: make lock"
+        assert all(SpecifierSet(range_.strip()).contains(version) for version in versions), f"{name}: make lock"
+
+
+def test_continuous_integration_runs_what_is_pinned():
+    workflows = [path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml")]
+    used = [line for text in workflows for line in re.findall(r"uses:\s*(\S+)", text)]
+    assert len(used) >= 5
+    assert [action for action in used if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", action)] == []
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("exec make test LOCKED=1")
+    words = ["make", "--dry-run", "--always-make", ".venv/.experiments", "LOCKED=1", "PYTHON=true"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    installs = re.findall(r"pip install .*", done.stdout)
+    assert len(installs) == 3
+    assert all("--require-hashes --requirement requirements.lock" in line or "--no-deps" in line for line in installs)
+
+
+def test_whatever_starts_a_process_has_a_timeout():
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call):
+                name, given = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+                if re.fullmatch(r"subprocess\.(run|call|check_\w+)|.*\.(communicate|wait)", name):
+                    limited = given & {"timeout", None} or (call.args and name.endswith(".wait"))
+                    assert limited, f"{path.name}, line {call.lineno} may wait for ever"
+
+
 # -- floors --------------------------------------------------------------------------------------------------
 
 FLOORS = [
@@ -378,7 +417,7 @@ def test_circles_and_upward_imports_are_found(source, circle, complaints):
 
 def mypy(*arguments, cwd=ROOT):
     command = [sys.executable, "-m", "mypy", "--no-error-summary", "--config-file", ROOT / "pyproject.toml"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=cwd, timeout=900)
 
 
 def test_types_of_the_library_agree():

@@ -306,7 +306,8 @@ def test_verify_finds_a_wrong_skip():
 
 def test_importing_the_library_imports_no_other():
     code = "import sys, unravelling; print([n for n in ('torchvision', 'timm', 'transformers') if n in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "[]\n"
 
 
 # ---------------------------------------------------------------- inputs

@@ -39,7 +39,8 @@ def _check_tensor(name: str, value: Any, dtype: torch.dtype, dimensions: str) ->
         raise TypeError(f"{name} must be a tensor ({', '.join(dimensions)}) of {dtype}, not {found}")
 
 
-def _check_device(device: Device) -> None:
+def check_device(device: Device) -> None:
+    """Raise ValueError for a device that cannot be used here."""
     try:
         torch.zeros((), device=device).item()
     except (AssertionError, RuntimeError, TypeError, ValueError, ImportError) as error:
@@ -88,7 +89,7 @@ class Split:
     def batches(self, size: int = 500, device: Device = "cpu") -> list[tuple[Tensor, Tensor]]:
         """Return all images in order as normalised batches ``(B, C, H, W)`` with labels ``(B,)``."""
         size = check_number(1, size=size)
-        _check_device(device)
+        check_device(device)
         pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
         return [(self.normalize(x.to(device)), y.to(device)) for x, y in pairs]
 
@@ -101,7 +102,7 @@ class Split:
         ``device``, to which the batches go, sees the same ones.
         """
         size = check_number(1, size=size)
-        _check_device(device)
+        check_device(device)
         if size > len(self):
             raise ValueError(f"a batch of {size} images needs at least as many: this split has {len(self)}")
         order = torch.randperm(len(self), generator=generator)

@@ -76,8 +76,7 @@ def load(name: str | Path) -> Chain:
         dtype = getattr(torch, head.get("dtype", "float32"))
         chain = build(config.pop("name"), **config).to(dtype)
         for name, tensor in tensors.items():  # a copy, since what is read lies in the file
-            halved = head.get("half") and tensor.dim() > 1
-            tensors[name] = tensor.to(dtype if halved else tensor.dtype, copy=True)
+            tensors[name] = tensor.to(dtype if head.get("half") and tensor.dim() > 1 else tensor.dtype, copy=True)
         chain.load_state_dict(tensors, assign=True)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the architecture in its header: {error}") from error
