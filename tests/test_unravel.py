@@ -586,11 +586,12 @@ def test_verify_allows_what_the_lowest_precision_within_does():
 
 
 def test_verify_says_how_many_deletions_it_could_not_compare():
-    model, (batch, _) = seeded(Masked), tokens()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        row = unravel(model, batch).verify(batch).set_index("check").loc["deletion"]
-    assert (row.compared, row["of"], row.equal) == (0, 2, 0)
+    class Shifted(Block):
+        def forward(self, y):
+            return y + (self.linear(self.norm(y)) + 1)
+
+    row = unravel(seeded(Net, Shifted), X).verify(X).set_index("check").loc["deletion"]
+    assert (row.compared, row["of"], row.equal) == (0, 3, 0)
     assert np.isnan(row.difference)
     assert "no module" in row.reason
     assert unravel(seeded(Net), X).verify(X).set_index("check")["of"]["deletion"] == 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from unravelling import gradient_by_length, unravel
+from unravelling import gradient_by_length, sample_path_gradients, unravel
 from unravelling.tracing.trace import Unsupported
 from unravelling.verify import refuse_at_other_sizes
 
@@ -567,3 +567,225 @@ def test_hyper_connections_in_one_tensor_are_units_and_others_are_refused_by_nam
         assert torch.allclose(chain.without(1)(X), other(X), rtol=1e-5, atol=1e-5)
     with pytest.raises(Unsupported, match="several streams"):
         unravel(seeded(lambda: Hyper(one=False)), X)
+
+
+# ---------------------------------------------------------------- what other people's models turned up
+
+
+def deleted(model, branch):
+    """Return a copy of a model in which a layer of a branch returns zeros."""
+    other = copy.deepcopy(model)
+    branch(other).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    return other
+
+
+def test_additions_within_one_long_skip_within_another_are_units():
+    model = wrapped(lambda s, x: F.relu(x) + s.o((h := s.i(x)) + s.m(s.body(h))))
+    with pytest.warns(UserWarning, match="3 of 5 additions became units; the rest lie in the head"):
+        chain = unravel(model, X)
+    exact(chain, model, units=3)
+    assert torch.equal(chain.without(1)(X), deleted(model, lambda m: m.body[1].a)(X))
+
+
+def test_two_streams_that_meet_in_a_concatenation_are_named():
+    def reversible(s, x):
+        a, b = s.i(x).chunk(2, 1)
+        for block in s.body:
+            a, b = b, a + block.a(torch.cat([b, b], 1))[:, :4]
+        return s.o(torch.cat([a, b], 1))
+
+    with pytest.raises(Unsupported, match=r"3 additions, .* several streams run beside each other"):
+        unravel(wrapped(reversible), X)
+
+
+def overwritten(s, x):
+    """The sum is written into the state, which is returned by its other name."""
+    y = x.clone()
+    h = y
+    h += s.a(s.ln(x))
+    return y
+
+
+def through_a_view(s, x):
+    y = x.clone()
+    y.view(-1, 2, 4).add_(s.a(s.ln(x)).view(-1, 2, 4))
+    return y
+
+
+@pytest.mark.parametrize("f", [overwritten, through_a_view])
+def test_sums_in_place_under_another_name_are_units(f):
+    model = net(f)
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    assert torch.equal(chain.without(1)(X), deleted(model, lambda m: m[2].a)(X))
+
+
+def test_a_sum_in_a_part_of_the_state_is_refused_in_words():
+    def partly(s, x):
+        y = x.clone()
+        part = y[:, :4]
+        part += s.a(s.ln(x))[:, :4]
+        return y.flip(1)
+
+    with pytest.raises(Unsupported, match=r"^1 writes to a tensor in place and reads it by another name"):
+        unravel(net(partly), X)
+
+
+def test_assignment_to_a_part_has_a_gradient_where_torch_export_traces_it():
+    def f(s, x):
+        if x.shape[1] > 100:  # which torch.fx cannot decide
+            return x
+        z = x.new_empty(x.shape)
+        z[:, :4] = s.a(s.ln(x))[:, :4]
+        z[:, 4:] = x[:, 4:].sin()
+        return x + z
+
+    model = net(f)
+    chain = quiet(model)
+    assert chain.traced_by == "torch.export"
+    exact(chain, model, units=3)
+
+
+def test_a_mean_over_a_stack_is_a_sum():
+    model = net(lambda s, x: torch.stack([x, s.a(s.ln(x))]).mean(0))
+    chain = quiet(model)
+    exact(chain, model, units=3, rounding=1e-6)
+    assert torch.allclose(chain.without(1)(X), deleted(model, lambda m: m[2].a)(X), atol=1e-6)
+
+
+def test_a_projection_beside_a_weight_of_two_parts_is_the_skip():
+    class Convolutional(nn.Module):
+        """A temporal convolutional network: the first block's skip is a projection that no name tells."""
+
+        def __init__(self):
+            super().__init__()
+            norm = nn.utils.parametrizations.weight_norm
+            sizes = [(8, 6), (6, 6), (6, 6)]
+            self.blocks = nn.ModuleList(nn.Sequential(norm(nn.Linear(*size)), nn.ReLU()) for size in sizes)
+            self.down, self.o = nn.Linear(8, 6), nn.Linear(6, 8)
+
+        def forward(self, x):
+            for i, block in enumerate(self.blocks):
+                x = torch.relu(block(x) + (x if i else self.down(x)))
+            return self.o(x)
+
+    model = seeded(Convolutional)
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    assert isinstance(chain.units[0].skip, nn.Linear)
+    assert torch.equal(chain.without(0)(X), deleted(model, lambda m: m.blocks[0])(X))
+
+
+@pytest.mark.parametrize("branch", [
+    lambda s, x: s.g * s.a(x),
+    lambda s, x: s.a(x).view(-1, 2, 4).transpose(1, 2).reshape(len(x), 8),
+    lambda s, x: torch.sigmoid(s.b(x)) * s.a(x),
+    lambda s, x: F.relu(s.a(x)).square() / 2,
+], ids=["gain", "views", "gate", "square"])
+def test_a_branch_ends_where_zeros_stay_zeros(branch):
+    model = net(lambda s, x: x + branch(s, s.ln(x)))
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    checks = chain.verify(X).set_index("check")
+    assert checks.loc["deletion", ["compared", "equal"]].tolist() == [3, 3]
+
+
+def test_a_share_of_the_branch_that_is_no_product_of_zeros_is_not_compared():
+    for branch in (lambda s, x: s.g / (2 + s.a(x).sigmoid()), lambda s, x: s.a(x) + s.g):
+        model = net(lambda s, x, branch=branch: x + branch(s, s.ln(x)))
+        checks = unravel(model, X).verify(X).set_index("check")
+        assert checks.compared["deletion"] == 0
+
+
+def test_units_without_layers_are_named_by_their_parameters():
+    chain = quiet(net(lambda s, x: x + torch.tanh(x) * s.g))
+    assert [unit.name for unit in chain.units] == ["1", "2", "3"]
+    model = wrapped(lambda s, x: s.o((h := s.i(x)) + torch.tanh(h @ s.m.weight)))
+    assert [unit.name for unit in quiet(model).units] == ["m.weight"]
+
+
+def test_branches_that_the_gradient_does_not_reach():
+    model = net(lambda s, x: x + s.a(s.ln(x.detach())))
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    y = torch.zeros(2, dtype=torch.long)
+    gradients = gradient_by_length(chain, X, y)
+    assert not gradients[1:].any()
+    assert sample_path_gradients(chain, X, y, [0, 1], 2).norm.gt(0).tolist() == [True, True, False, False]
+
+
+class Translator(nn.Module):
+    """torch.nn.Transformer with a mask of which it asks whether it is causal."""
+
+    def __init__(self):
+        super().__init__()
+        self.t = nn.Transformer(8, 2, 1, 2, 16, batch_first=True)
+        self.o = linear()
+
+    def forward(self, source, target):
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.o(self.t(source, target, tgt_mask=mask))
+
+
+def test_masks_of_torch_transformers():
+    model, inputs = seeded(Translator), (torch.randn(2, 5, 8), torch.randn(2, 4, 8))
+    chain = quiet(model, inputs, stream="target")
+    assert len(chain) == 6
+    checks = chain.verify(inputs).set_index("check")
+    assert checks.compared["deletion"] == 6
+    longer = (torch.randn(3, 7, 8), torch.randn(3, 6, 8))
+    assert torch.allclose(chain(longer), model(*longer), atol=1e-6)
+
+
+def routed(s, x):
+    chosen = s.a(x).sum(1) > 0
+    y = torch.zeros_like(x)
+    if chosen.any():
+        y[chosen] = s.b(x[chosen])
+    return x + y
+
+
+def mapped(s, x):
+    return x + torch.func.vmap(lambda row: s.a.weight @ row)(x)
+
+
+@pytest.mark.parametrize("f", [routed, mapped])
+def test_what_cannot_be_traced_is_refused_in_words_alone(f, capfd):
+    with pytest.raises(Unsupported, match=r"cannot be traced: .*register their class with block_units"):
+        unravel(net(f), X)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_script_within_a_model_is_refused_by_its_name():
+    model = net(add)
+    model[2] = torch.jit.trace(model[2], X)
+    with pytest.raises(Unsupported, match=r"^2 is a TorchScript program"):
+        unravel(model, X)
+
+
+def test_what_a_module_keeps_between_calls_is_given_back():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.cache, self.shapes = nn.Parameter(torch.randn(8)), {}, []
+
+        def forward(self, x):
+            self.shapes.append(len(x))
+            if "table" not in self.cache:
+                self.cache["table"] = self.table.exp()
+            return x + self.cache["table"] * torch.tanh(x)
+
+    model = seeded(lambda: nn.Sequential(linear(), Caching(), linear()))
+    chain = unravel(model, X)
+    assert len(chain) == 1
+    assert model[1].cache == {}
+    assert model[1].shapes == []
+
+
+def test_a_model_without_a_backward_pass_is_compared_in_all_else():
+    model = net(lambda s, x: torch.utils.checkpoint.checkpoint(lambda y: add(s, y), x, use_reentrant=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that no input needs a gradient
+        chain = unravel(model, X)
+        checks = chain.verify(X).set_index("check")
+    assert checks.compared.to_dict() == {"logits": 1, "deletion": 3}

@@ -25,9 +25,12 @@ to one of them. A chain holds the model's own layers, so it shares their mode, t
 from __future__ import annotations
 
 import inspect
+import io
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
 from functools import singledispatch
 from typing import Any, cast
 
@@ -117,14 +120,8 @@ def block_units(block: nn.Module) -> list[Unit]:
 
 
 def unravel(
-    model: nn.Module,
-    x: Any = None,
-    *,
-    units: str | Iterable[str] | None = None,
-    branch: str | Function | None = None,
-    skip: str | Function | None = None,
-    post: str | Function | None = None,
-    stream: str | None = None,
+    model: nn.Module, x: Any = None, *, units: str | Iterable[str] | None = None, branch: str | Function | None = None,
+    skip: str | Function | None = None, post: str | Function | None = None, stream: str | None = None,
 ) -> Unravelled:
     """Return a model as a chain of units, which shares its parameters. The model stays as it is.
 
@@ -154,10 +151,11 @@ def unravel(
         raise TypeError(f"unravel takes a torch.nn.Module, not a {type(model).__name__}")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = cast("nn.Module", getattr(model, "_orig_mod", None) or model.module)  # in torch.compile, or a wrapper
-    if isinstance(model, torch.jit.ScriptModule):
-        raise Unsupported(
-            "this model is a TorchScript program, whose modules are gone: pass the model it was made from"
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsupported(
+                f"{name or 'this model'} is a TorchScript program, whose modules are gone: use what it was made from"
+            )
     if isinstance(model, Chain):
         raise ValueError("this model is a chain already")
     if branch is None and (skip is not None or post is not None):
@@ -251,6 +249,14 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
     return first, [f"a forward pass changes the buffer {n}, which the chain may leave as it is" for n in changed[:1]]
 
 
+def _failure(model: nn.Module, way: str, error: Exception) -> str:
+    """Say why a way of tracing failed, and in which module."""
+    names = {id(module): f" in {name}" for name, module in model.named_modules() if name}
+    frames = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    place = [names[module] for module in frames if module in names][-1:]
+    return f"{way}{''.join(place)}: {next(iter(str(error).strip().splitlines()), repr(error))}"
+
+
 def _first_right_chain(
     model: nn.Module, x: Any, makers: dict[str, Maker], by_hand: Sequence[str] | None, stream: str | None
 ) -> tuple[Unravelled, list[str]]:
@@ -261,29 +267,25 @@ def _first_right_chain(
     ways = ["torch.fx"] if x is None else ["torch.fx", "torch.export"]
     while ways:
         try:
-            if ways[0] == "torch.fx":
-                traced = trace_symbolically(model, x, map(model.get_submodule, makers))
-            else:
-                refuse_hooks(model, layers=True)
-                traced = trace_by_export(model, x)
-        except Exception as error:
-            refusal = refusal or (error if isinstance(error, Unsupported) else None)
-            failures.append(f"{ways.pop(0)}: {next(iter(str(error).strip().splitlines()), repr(error))}")
-            continue
-        try:
-            reading, stretches, found, notes = read(model, traced, makers, by_hand, stream)
-            chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
-            chain.notes = [*chain.notes, *notes]
-            if logits is not None:
-                refuse_unequal(chain, chain._origin, x, logits)
-                refuse_at_other_sizes(chain, chain._origin, x)
+            with redirect_stderr(io.StringIO()):  # torch.export and torch.fx print whole graphs where they fail
+                if ways[0] == "torch.fx":
+                    traced = trace_symbolically(model, x, map(model.get_submodule, makers))
+                else:
+                    refuse_hooks(model, layers=True)
+                    traced = trace_by_export(model, x)
+                reading, stretches, found, notes = read(model, traced, makers, by_hand, stream)
+                chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
+                chain.notes = [*chain.notes, *notes]
+                if logits is not None:
+                    refuse_unequal(chain, chain._origin, x, logits)
+                    refuse_at_other_sizes(chain, chain._origin, x)
             return chain, remarks + found
         except NotABlock as error:
             makers = {name: maker for name, maker in makers.items() if name != str(error)}
             remarks.append(f"{error} is called with more than its state: its graph tells its units, not its class")
-        except Unsupported as error:
-            refusal = refusal or error
-            ways.pop(0)
+        except Exception as error:
+            refusal = refusal or (error if isinstance(error, Unsupported) else None)
+            failures.append(_failure(model, ways.pop(0), error))
     if refusal is not None:
         raise refusal
     hint = "" if x is not None else " Give an example input: unravel(model, x)."

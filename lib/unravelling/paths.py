@@ -319,7 +319,7 @@ def sample_path_gradients(
         g: Any = top
         for step in steps:
             g = step.ways[step.i in taken](g)
-        rows.append({"length": k, "sample": sample, "norm": _double(g).norm().item()})
+        rows.append({"length": k, "sample": sample, "norm": 0.0 if g is None else _double(g).norm().item()})
     return pd.DataFrame(rows)
 
 
@@ -421,7 +421,9 @@ class _Step:
         if part is None or g is None:
             return None
         g = self._before_post(g)
-        return g if part is self.state else grad(part, self.state, g, retain_graph=True)[0]
+        if part is self.state or g is None:
+            return g
+        return grad(part, self.state, g, retain_graph=True, allow_unused=True)[0] if part.requires_grad else None
 
 
 def _descent(

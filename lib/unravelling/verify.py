@@ -71,11 +71,16 @@ def gradients(module: nn.Module, model: nn.Module, x: Any) -> Gradients:
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
 
 
-def compared_gradients(found: Gradients, expected: Gradients) -> Iterable[tuple[str, str, Tensor, Tensor, float]]:
+def compared_gradients(chain: Chain, model: nn.Module, x: Any) -> Iterable[tuple[str, str, Tensor, Tensor, float]]:
     """Yield kind, name, both gradients, and their difference as a share of the largest gradient of that kind.
 
-    A missing gradient counts as zeros.
+    A missing gradient counts as zeros. A model for inference alone, whose backward pass fails, has none to compare.
     """
+    try:
+        expected = gradients(model, model, x)
+    except RuntimeError:
+        return
+    found = gradients(chain, model, x) if expected else {}
     kinds = {kind for kind, _ in expected}
     scales = {kind: _largest(g for (k, _), g in expected.items() if k == kind) for kind in kinds}
     for (kind, name), theirs in expected.items():
@@ -92,11 +97,7 @@ def refuse_unequal(chain: Chain, origin: Origin, x: Any, logits: Tensor) -> None
     with torch.no_grad():
         if difference(chain(x), logits) > allowed:
             raise Unsupported(first_difference(chain, origin, x))
-    try:
-        expected = gradients(origin.model, origin.model, x)
-    except RuntimeError:  # a model for inference alone has no gradients to compare
-        return
-    for kind, name, _, _, gap in compared_gradients(gradients(chain, origin.model, x) if expected else {}, expected):
+    for kind, name, _, _, gap in compared_gradients(chain, origin.model, x):
         if gap > allowed:
             raise Unsupported(
                 f"the chain computes what the model does, but its gradient at the {kind} {name} differs by {gap:.2g} "
@@ -210,8 +211,7 @@ def verify(chain: Chain, origin: Origin, x: Any, tolerance: float | None = None)
         with torch.no_grad():
             logits = chain(x)
         note("logits", logits, expected, difference(logits, expected), "")
-        ours, theirs = gradients(chain, model, x), gradients(model, model, x)
-        for kind, name, one, other, gap in compared_gradients(ours, theirs):
+        for kind, name, one, other, gap in compared_gradients(chain, model, x):
             note(f"gradient at the {kind}", one, other, gap, f"{name}")
         for i, ends in enumerate(origin.zeros):
             if ends and all(len(outputs[name]) > number for name, number in ends):

@@ -77,14 +77,8 @@ class Stem(nn.Module):
     """
 
     def __init__(
-        self,
-        code: Code,
-        inputs: Iterable[str],
-        context: Context,
-        names: Iterable[str],
-        sizes: Mapping[str, tuple[int | str, ...]],
-        guards: Callable[..., Any] | None,
-        shift_labels: bool,
+        self, code: Code, inputs: Iterable[str], context: Context, names: Iterable[str],
+        sizes: Mapping[str, tuple[int | str, ...]], guards: Callable[..., Any] | None, shift_labels: bool,
     ) -> None:
         super().__init__()
         self.code, self.context, self.sizes, self.guards = code, context, dict(sizes), guards

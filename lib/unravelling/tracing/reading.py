@@ -19,11 +19,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .trace import Traced, Unsupported, identity, name_of, split_sums
+from .trace import Traced, Unsupported, calls_of, identity, name_of, split_sums
 
 SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0}
 MERGES = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
 NOTHING = ("identity", "contiguous", "clone", "alias", "dropout")
+KEEP_ZEROS = {  # operations that return zeros for zeros
+    *("mul", "__mul__", "div", "truediv", "neg", "square", "relu", "gelu", "silu", "tanh", "matmul", "sum", "mean"),
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand"),
+    *("getitem", "slice", "select", "narrow", "chunk", "split", "split_with_sizes", "unbind", "roll", "flip", "repeat"),
+    *("to", "_to_copy", "type_as", "float", "contiguous", "clone", "alias", "dropout", "identity", "interpolate"),
+}
 SHAPES = {"shape", "device", "dtype", "ndim", "is_cuda", "layout", "requires_grad"}
 NO_DATA = {  # operations whose result carries no gradient of their operand
     *("size", "dim", "numel", "stride", "sym_size", "sym_numel", "sym_stride", "len", "is_floating_point"),
@@ -113,8 +119,7 @@ def read(
     for stretch in stretches:
         stretch.output = reading.output(stretch.post)
         stretch.name = stretch.name or _name(reading, stretch, stretches)
-        zeros = [reading.output(node, outside=stretch.end) for node in _addends(reading, stretch)]
-        stretch.zeros = [end for end in zeros if end is not None] if all(zeros) else []
+        stretch.zeros = _zeros(reading, stretch)
     serious, notes = _account(reading, stretches)
     warnings += notes[:1] if serious and by_hand is None else []
     start = traced.inputs[reading.entry]
@@ -133,16 +138,18 @@ def _read_from(
 ) -> tuple[Reading, list[Stretch], list[str]]:
     """Find stretches from one input on; where one long way beside holds most of the additions, along that way."""
     stretches, causes = _stretches(model, reading, blocks, by_hand)
-    while by_hand is None:
+    best = reading, stretches, causes
+    for _ in range(0 if by_hand is not None else 4):  # a long skip may lie within another
         inner = _begins_within(reading, stretches)
         if inner is None:
             break
-        other = reading.rerooted(*inner)
-        found, others = _stretches(model, other, blocks, by_hand)
-        if len(found) < 2 or len(found) <= len(stretches):
-            other.restore(reading)
-            break
-        reading, stretches, causes = other, found, others
+        reading = reading.rerooted(*inner)
+        stretches, causes = _stretches(model, reading, blocks, by_hand)
+        if len(stretches) > max(1, len(best[1])):
+            best = reading, stretches, causes
+    if reading is not best[0]:
+        reading.restore(best[0])
+    reading, stretches, causes = best
     if not stretches:
         raise Unsupported(_nothing_found(model, reading, causes))
     warnings = _told(reading, causes)
@@ -150,9 +157,9 @@ def _read_from(
     loaded = [s for s in computed if reading.weights(n for node, _ in s.skip for n in reading.between(s.start, node))]
     if len(loaded) > len(stretches) / 2 and all(_same_shape(reading, s.end, s.start) for s in loaded):
         warnings.append(
-            f"{len(loaded)} units have no identity beside their branch, but a layer with weights of its own, as LoRA "
-            f"has its base layer, or a mixture of streams (the first in {place(reading, loaded[0].end)}): a deletion "
-            "leaves that layer"
+            f"{len(loaded)} of {len(stretches)} units have no identity beside their branch, but a layer with weights "
+            "of its own, as LoRA has its base layer, or a mixture of streams (the first in "
+            f"{place(reading, loaded[0].end)}): a deletion leaves that layer"
         )
     return reading, stretches, warnings
 
@@ -197,7 +204,7 @@ class Reading:
     def _survey(self) -> None:
         nodes = list(self.traced.graph.nodes)
         self.order = {node: i for i, node in enumerate(nodes)}
-        self.stacks = {node: list(self._stack(node)) for node in nodes}
+        self.stacks = {node: list(calls_of(node)) for node in nodes}
         self.calls: dict[Key, set[fx.Node]] = {}
         for node in nodes:
             for key, _ in self.stacks[node]:
@@ -284,15 +291,6 @@ class Reading:
             cuts.append(self.dominator[cuts[-1]])
         return cuts[::-1]
 
-    @staticmethod
-    def _stack(node: fx.Node) -> Iterator[tuple[Key, str]]:
-        """Yield the module calls around a node, outermost first, with the modules' names."""
-        for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
-            name = str(name).removeprefix("L['self'].").partition("@")[0]
-            if name and not name.startswith(("_empty", "L['self']")):
-                number = str(key).partition("@")[2]
-                yield (f"{name}@{number}" if number else name), name
-
     def cuts_after(self, start: fx.Node, end: fx.Node | None) -> list[fx.Node]:
         """Return the cuts from one, exclusive, to another, inclusive; to the last one if that is None."""
         return self.cuts[self.place[start] + 1 : self.place[end] + 1 if end is not None else None]
@@ -320,17 +318,18 @@ class Reading:
             if node.op == "call_module":
                 parameters = list(self.traced.get(node.target).parameters())
             else:
-                attributes = [a for arg in node.all_input_nodes for a in self._attributes(arg)]
-                parameters = [p for p in attributes if isinstance(p, nn.Parameter)]
+                attributes = [a for arg in node.all_input_nodes for a in self.attributes(arg)]
+                parameters = [p for p in map(self.traced.get, attributes) if isinstance(p, nn.Parameter)]
             found.update(id(p) for p in parameters if sum(size > 1 for size in p.shape) >= least or least == 1)
         return found
 
-    def _attributes(self, node: fx.Node) -> Iterator[Any]:
+    def attributes(self, node: fx.Node) -> Iterator[str]:
+        """Yield the names of the parameters and buffers that a value outside the stream is computed from."""
         if node.op == "get_attr":
-            yield self.traced.get(node.target)
+            yield str(node.target)
         elif node not in self.active and self.constant[node]:
             for arg in node.all_input_nodes:
-                yield from self._attributes(arg)
+                yield from self.attributes(arg)
 
     def between(self, start: fx.Node, end: fx.Node) -> set[fx.Node]:
         """Return the nodes of the stream on the ways from ``start``, exclusive, to ``end``, inclusive."""
@@ -479,7 +478,7 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
         if len(skips) != 1:
             names = [{n.rpartition(".")[2].lower() for node in way for _, n in reading.stacks[node]} for way in ways]
             skips = [i for i, own in enumerate(names) if any(word in name for name in own for word in SKIPS)]
-        if len(skips) != 1 and _same_shape(reading, end, start):  # or one operation, such as a mixture of streams
+        if len(skips) != 1:  # or one operation, such as a projection, or a mixture of streams
             skips = [i for i, way in enumerate(ways) if len(way) == 1 < max(map(len, ways))]
         if len(skips) != 1:
             return None
@@ -591,7 +590,7 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
     name = type(model).__name__
     if causes:
         return f"no chain of residual units computes {name}: {'; '.join(_told(reading, causes))}"
-    if joins:
+    if joins and not any(weighted for *_, weighted in reading.sums.values()):
         what = f"{len(joins)} concatenations (the first in {place(reading, joins[0])})"
         return (
             f"{name} has no residual unit, but {what}, as a DenseNet, a U-Net or a ShuffleNet has: no chain of skip + "
@@ -665,24 +664,41 @@ def _name(reading: Reading, stretch: Stretch, stretches: Sequence[Stretch]) -> s
     if not stretch.branch or (owner and [other.owner for other in stretches].count(stretch.owner) == 1):
         return owner
     members = {n for node, _ in stretch.branch for n in reading.between(stretch.start, node)}
-    nodes = [node for node in sorted(members, key=reading.order.__getitem__) if reading.weights([node])]
+    inside = sorted(members, key=reading.order.__getitem__)
     prefix = f"{owner}." if owner else ""
-    below = [[n for _, n in reading.stacks[node] if n != owner and n.startswith(prefix)] for node in nodes]
+    below = [
+        [n for _, n in reading.stacks[node] if n != owner and n.startswith(prefix)]
+        for node in inside
+        if reading.weights([node])
+    ]
     first = [names[0] for names in below if names]
     if first and not owner and "." not in first[-1]:  # the model's own loop over a list: the entry, not the list
         return next((name for name in below[-1] if "." in name), first[-1])
-    return first[-1] if first else f"{prefix}{stretch.end.name}"
+    own = [target for node in inside for arg in node.all_input_nodes for target in reading.attributes(arg)]
+    return [f"{prefix}{stretch.end.name}", *own, *first][-1]
 
 
-def _addends(reading: Reading, stretch: Stretch) -> list[fx.Node]:
-    """Return what a branch adds up, as far as no module returns the sum."""
-    addends, todo = [], [node for node, _ in stretch.branch]
+def _zeros(reading: Reading, stretch: Stretch) -> list[tuple[str, int]]:
+    """Return the modules, and which of their calls, whose zeros are zeros of the whole branch; none where none are.
+
+    They return what it adds up, or what that is a multiple, a view or another function of that keeps zeros.
+    """
+    found, todo = [], [node for node, _ in stretch.branch]
+    skip = {n for node, _ in stretch.skip for n in reading.between(stretch.start, node)}
     while todo:
         node = todo.pop()
-        inner = reading.itself(node)  # what a dropout that is no module is applied to, unless that is the state
-        if not reading.output(node, outside=stretch.end) and reading.order[inner] > reading.order[stretch.start]:
-            node = inner
-        pair = None if reading.output(node, outside=stretch.end) else reading.operands(node)
-        todo += [operand for operand, _ in pair or []]
-        addends += [] if pair else [node]
-    return addends
+        end = reading.output(node, outside=stretch.end) if node not in skip else None
+        if end is not None:
+            found.append(end)
+            continue
+        pair = reading.operands(node)
+        if pair is None and name_of(node) in KEEP_ZEROS:
+            factors = [n for n in reading.stream_args(node) if reading.order[n] > reading.order[stretch.start]]
+            outputs = [n for n in factors if reading.output(n, outside=stretch.end)]
+            if name_of(node) in ("div", "truediv") and factors[:1] != [node.args[0]]:
+                factors = outputs = []
+            pair = [(n, 1.0) for n in (outputs or factors)[:1]]
+        if not pair:
+            return []
+        todo += [operand for operand, _ in pair]
+    return found

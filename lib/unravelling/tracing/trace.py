@@ -61,10 +61,13 @@ def call(model: nn.Module, x: Any) -> Any:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode for the duration of a ``with`` block, and undo all that happens to it meanwhile.
 
-    Attributes, buffers to the last byte, modes, and the state of the random number generators come back.
+    Attributes and the lists and dicts among them, buffers to the last byte, modes, and the state of the random number
+    generators come back.
     """
-    kinds = ("_parameters", "_buffers", "_modules")
-    before = [(vars(m), dict(vars(m)), {k: dict(vars(m)[k]) for k in kinds}) for m in model.modules()]
+    before = []
+    for m in model.modules():
+        own = dict(vars(m))
+        before.append((vars(m), own, [(v, copy.copy(v)) for v in own.values() if isinstance(v, (dict, list))]))
     buffers = copies_of_buffers(model)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     cached = [c for c in configs.values() if getattr(c, "use_cache", False)]  # of keys and values: no part of a pass
@@ -78,13 +81,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
         finally:
             for config in cached:
                 config.use_cache = True
-            for now, attributes, tables in before:
+            for now, attributes, containers in before:
                 for name in [name for name in now if name not in attributes]:
                     del now[name]
                 now.update(attributes)
-                for kind, table in tables.items():
-                    now[kind].clear()
-                    now[kind].update(table)
+                for container, entries in containers:
+                    container.clear()
+                    (container.update if isinstance(container, dict) else container.extend)(entries)
             with torch.no_grad():
                 for buffer, old in buffers.values():
                     if not torch.equal(buffer, old):
@@ -127,6 +130,15 @@ def name_of(node: fx.Node) -> str:
     return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
 
 
+def calls_of(node: fx.Node) -> Iterator[tuple[str, str]]:
+    """Yield the module calls around a node, outermost first, each as ``Key`` and name of the module."""
+    for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
+        name = str(name).removeprefix("L['self'].").partition("@")[0]
+        if name and not name.startswith(("_empty", "L['self']")):
+            number = str(key).partition("@")[2]
+            yield (f"{name}@{number}" if number else name), name
+
+
 def _is_layer(m: nn.Module) -> bool:
     """Whether a module is a layer of a library, known to hold no residual addition, which stays whole."""
     library = type(m).__module__
@@ -154,11 +166,20 @@ def refuse_hooks(model: nn.Module, *, layers: bool) -> None:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that may be assigned to in part, and that has a length."""
+    """A proxy that may be assigned to in part, and that notes which operators work in place."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         before = fx.Proxy(self.node, self.tracer)
         self.node = self.tracer.create_proxy("call_function", assigned, (before, index, value), {}).node
+
+
+def _recorded(operation: Callable[..., Any]) -> Callable[..., fx.Proxy]:
+    return lambda proxy, value: proxy.tracer.create_proxy("call_function", operation, (proxy, value), {})
+
+
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "imatmul")
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
 
 
 def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -166,6 +187,11 @@ def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
     x = x.clone()
     x[index] = value
     return x
+
+
+def copied(x: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """Return a value in the shape and type of another one, as ``aten.copy`` does, which has no derivative."""
+    return value.to(x.dtype).expand_as(x)
 
 
 def identity(x: Tensor) -> Tensor:
@@ -194,6 +220,18 @@ def _length(x: Any, length: Callable[[Any], int] = len) -> Any:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else length(x)
 
 
+@contextmanager
+def _lengths_and_masks() -> Iterator[None]:
+    """Let ``len`` of a tensor be a size that stays free, and nn.Transformer not ask whether the mask is causal.
+
+    It asks for the sake of speed alone: by the numbers, which a graph does not hold.
+    """
+    causal = "_detect_is_causal_mask"
+    hint = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
+    with patch.object(builtins, "len", _length), patch.object(nn.modules.transformer, causal, hint, create=True):
+        yield
+
+
 def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) -> Traced:
     """Trace a model with torch.fx; ``leaves`` become one operation each.
 
@@ -211,7 +249,7 @@ def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) ->
         given = list(bound.arguments)
         bound.apply_defaults()
     defaults = {name: p.default for name, p in signature.parameters.items() if name not in given}
-    with patch.object(builtins, "len", _length):
+    with _lengths_and_masks():
         graph = _Tracer(leaves).trace(model, concrete_args=defaults or None)
     constants = {n.target: getattr(model, n.target) for n in graph.nodes if n.op == "get_attr" and "." not in n.target}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -265,19 +303,24 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     before = logging.root.manager.disable
     logging.disable()  # a failure is told by its exception
     try:
-        with patch.object(builtins, "len", _length):
+        with _lengths_and_masks():
             copies, shapes = _copied((args, kwargs)), torch.export.ShapesCollection()
             for t in tree_leaves(copies):
                 if isinstance(t, Tensor):
                     shapes[t] = dict.fromkeys(free_dims(t), torch.export.Dim.AUTO)
             program = torch.export.export(model, *copies, dynamic_shapes=shapes, strict=False)
     except Exception:
-        program = torch.export.export(model, *_copied((args, kwargs)), strict=False)
+        with _lengths_and_masks():
+            program = torch.export.export(model, *_copied((args, kwargs)), strict=False)
     finally:
         logging.disable(before)
-    if any(name_of(node) in FUNCTIONALIZED for node in program.graph.nodes):
-        program = program.run_decompositions({})  # writes to parts, and what runs under autocast, as plain operations
+    writes = [getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in program.graph.nodes]
+    if any(writes) or any(name_of(node) == "wrap_with_autocast" for node in program.graph.nodes):
+        program = program.run_decompositions({})  # as plain operations, none of which writes to a tensor
     module = program.module()
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.copy.default:
+            node.target = copied
     nodes = module.graph.nodes
     placeholders = [node for node in nodes if node.op == "placeholder"]
     names = [str(node.target) for node in placeholders]
@@ -306,9 +349,6 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     return _out_of_place(traced)
 
 
-FUNCTIONALIZED = ("copy_", "fill_", "index_put_", "wrap_with_autocast")
-
-
 def free_dims(t: Tensor) -> range:
     """Return which sizes of an input are to stay free: the batch, and that of sequences."""
     return range(t.dim() if not t.is_floating_point() or t.dim() == 3 else min(t.dim(), 1))
@@ -335,9 +375,8 @@ def _out_of_place(traced: Traced) -> Traced:
         name, base = name_of(node), node.args[0] if node.args else None
         if node.op in ("placeholder", "output", "get_attr") or not isinstance(base, fx.Node):
             continue
-        schema = getattr(node.target, "_schema", None)
-        mutable = schema is not None and schema.is_mutable
         ends_in_place = name.endswith("_") and not name.endswith("__")
+        where = ["the forward pass", *(inner for _, inner in calls_of(node))][-1]
         if node.op == "call_module":
             module = traced.get(node.target)
             if not getattr(module, "inplace", False) or any(module.parameters()):
@@ -346,31 +385,31 @@ def _out_of_place(traced: Traced) -> Traced:
             other.__dict__ = dict(vars(module), inplace=False)
         elif node.kwargs.get("inplace"):
             node.kwargs = dict(node.kwargs, inplace=False)
-        elif name in ("iadd", "isub", "imul", "itruediv", "imatmul"):
+        elif name in IN_PLACE:
             node.target = getattr(operator, name[1:])
-        elif node.target is operator.setitem or (mutable and name in ("copy_", "fill_")):
+        elif node.target is operator.setitem:
             if base.op == "get_attr":
                 continue  # a buffer
-            raise Unsupported(
-                f"the forward pass assigns to a part of the tensor {base.name}: a chain cannot follow that. Write the "
-                "new tensor with torch.cat or torch.where instead"
-            )
+            raise Unsupported(f"{where} assigns to a part of a tensor: write the new one with torch.cat or torch.where")
         elif ends_in_place and node.op == "call_method":
             node.target = name[:-1]
-        elif mutable:
-            node.target = getattr(getattr(torch.ops.aten, name[:-1]), node.target._overloadname)
         elif ends_in_place and hasattr(torch, name[:-1]):
             node.target = getattr(torch, name[:-1])
         else:
             continue
         base.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+        if not node.users and base.op != "get_attr":
+            raise Unsupported(
+                f"{where} writes to a tensor in place and reads it by another name, as through a view: a chain cannot "
+                "follow that. Write y = y + … instead"
+            )
     return traced
 
 
 def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
     """Write additions that are part of an operation on two values of the stream as ones of their own; tell if any is.
 
-    Such are ``addcmul``, ``lerp``, ``addmm`` and ``baddbmm``, the sum over a stack, and the 0 of Python's ``sum``.
+    Such are ``addcmul``, ``lerp``, ``addmm``, ``baddbmm``, the sum or mean over a stack, and the 0 of Python's ``sum``.
     """
     graph, found = traced.graph, False
     for node in [node for node in graph.nodes if node in stream]:
@@ -386,7 +425,7 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
             args.append(options.pop("weight"))
         active = [isinstance(arg, fx.Node) and arg in stream for arg in args]
         fused = len(args) == 3 and active[0] and any(active[1:])
-        stack = args[0] if name == "sum" and isinstance(args[0], fx.Node) and name_of(args[0]) == "stack" else None
+        stack = next((a for a in args[:1] if name in ("sum", "mean") and name_of(a) == "stack"), None)
         if name == "add" and args[0] == 0 and isinstance(args[1], fx.Node):
             new = args[1]
         elif stack is not None:
@@ -394,7 +433,9 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
             along = [*stack.args[1:], *stack.kwargs.values(), 0][0]
             if over not in ([along], [[along]]):
                 continue
-            new = reduce(partial(call, torch.add), cast("list[fx.Node]", stack.args[0]))
+            terms = cast("list[fx.Node]", stack.args[0])
+            new = reduce(partial(call, torch.add), terms)
+            new = call(operator.truediv, new, len(terms)) if name == "mean" else new
         elif fused and name == "lerp":
             rest = call(operator.sub, 1, args[2])
             new = call(torch.add, call(torch.mul, args[0], rest), call(torch.mul, args[1], args[2]))
