@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from unravelling import gradient_by_length, sample_path_gradients, unravel, weight_spectrum
 from unravelling.tracing.trace import Unsupported
-from unravelling.verify import refuse_at_other_sizes
+from unravelling.verify import refuse_unequal
 
 
 def linear():
@@ -223,12 +223,12 @@ def test_guards_of_export_are_enforced(limit):
 def test_a_chain_that_is_right_for_the_example_alone_is_refused(decide):
     """The model stands for one whose tracing lost that its forward pass depends on sizes."""
     model, x = net(add), torch.randn(2, 5, 8)
-    chain = unravel(model, x)
-    refuse_at_other_sizes(chain, chain._origin, x)
+    chain, logits = unravel(model, x), model(x)
+    refuse_unequal(chain, chain._origin, x, logits, chain(x))
     other = Sized(lambda x, y: y if decide(x, y) else y.flip(-1))
     other.i, other.blocks, other.o = nn.Identity(), model, nn.Identity()
     with pytest.raises(Unsupported, match="not for inputs of the sizes"):
-        refuse_at_other_sizes(chain, dataclasses.replace(chain._origin, model=other.eval()), x)
+        refuse_unequal(chain, dataclasses.replace(chain._origin, model=other.eval()), x, logits, chain(x))
 
 
 def test_sizes_stay_free_with_len_args_and_kwargs():
@@ -872,3 +872,49 @@ def test_hooks_of_transformers_that_only_collect_are_no_obstacle():
     hook.__module__ = __name__
     with pytest.raises(Unsupported, match=r"^2 has a hook"):
         unravel(model, X)
+
+
+def test_two_embeddings_of_the_tokens_make_no_unit():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.o, self.blocks = nn.Embedding(9, 8), linear(), body(add)
+            self.register_buffer("places", torch.randn(9, 8))
+
+        def forward(self, tokens):
+            return self.o(self.blocks(self.tokens(tokens) + self.places[tokens.cumsum(1) % 9])).mean(1)
+
+    model, tokens = seeded(Positions), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    exact(quiet(model, tokens), model, tokens, units=3)
+
+
+class Images(nn.Module):
+    def __init__(self, decide=False):
+        super().__init__()
+        self.i, self.o, self.decide = nn.Conv2d(3, 4, 3, 2), nn.Linear(4, 8), decide
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        y = self.i(x)
+        for block in self.blocks:
+            y = y + block(y) if not self.decide or x.shape[2] > 2 else y
+        return self.o(y.mean((2, 3)))
+
+
+def test_batch_norm_that_torch_export_takes_apart_still_ends_a_branch():
+    model, x = seeded(lambda: Images(decide=True)), torch.randn(2, 3, 16, 16)
+    chain = quiet(model, x)
+    assert chain.traced_by == "torch.export"
+    checks = chain.verify(x).set_index("check")
+    assert checks.loc["deletion", ["compared", "equal"]].tolist() == [3, 3]
+
+
+def test_gradients_are_compared_on_few_and_small_images():
+    model, x, seen = seeded(Images), torch.randn(5, 3, 160, 160), []
+    handle = model.i.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+    chain = quiet(model, x)
+    handle.remove()
+    assert seen == 3 * [(5, 3, 160, 160)] + 2 * [(2, 3, 64, 64)]  # the model, its graph, the chain; then both again
+    assert torch.equal(chain(x), model(x))

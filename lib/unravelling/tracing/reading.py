@@ -365,13 +365,13 @@ class Reading:
 
     def output(self, node: fx.Node, outside: fx.Node | None = None) -> tuple[str, int] | None:
         """Return the module, and which of its calls, that returns a node's value and does not hold ``outside``."""
-        if node.target is operator.getitem and node.args[1] == 0:  # of several that it returns, as an LSTM does
-            node = node.args[0]  # type: ignore[assignment]
-        for key, name in self.stacks[node]:
+        first = node.target is operator.getitem and node.args[1] == 0  # of several that it returns, as an LSTM does
+        ends = [node, node.args[0]] if first else [node]
+        for key, name in [call for end in ends[::-1] for call in self.stacks[end]]:
             if outside is not None and self.under(outside, key):
                 continue
             region = self.region(key)
-            if region is not None and region[1] is node:
+            if region is not None and region[1] in ends:
                 return name, int(key.partition("@")[2] or 0)
         return None
 
@@ -463,8 +463,8 @@ def _sums(reading: Reading, taken: set[fx.Node]) -> tuple[list[Stretch], dict[st
 
 def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | str | None:
     """Read a bead as a residual addition; None if it is none, or a sentence why it looks like one but is not."""
-    direct = reading.operands(end)
-    if direct is None:
+    direct, numbers = reading.operands(end), start.meta.get("dtype", torch.float32)
+    if direct is None or not (numbers.is_floating_point or numbers.is_complex):  # tokens have no gradient
         return None
 
     def is_start(node: fx.Node) -> bool:
