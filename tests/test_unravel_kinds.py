@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from unravelling import gradient_by_length, sample_path_gradients, unravel
+from unravelling import gradient_by_length, sample_path_gradients, unravel, weight_spectrum
 from unravelling.tracing.trace import Unsupported
-from unravelling.verify import refuse_at_other_sizes
+from unravelling.verify import refuse_unequal
 
 
 def linear():
@@ -223,12 +223,12 @@ def test_guards_of_export_are_enforced(limit):
 def test_a_chain_that_is_right_for_the_example_alone_is_refused(decide):
     """The model stands for one whose tracing lost that its forward pass depends on sizes."""
     model, x = net(add), torch.randn(2, 5, 8)
-    chain = unravel(model, x)
-    refuse_at_other_sizes(chain, chain._origin, x)
+    chain, logits = unravel(model, x), model(x)
+    refuse_unequal(chain, chain._origin, x, logits, chain(x))
     other = Sized(lambda x, y: y if decide(x, y) else y.flip(-1))
     other.i, other.blocks, other.o = nn.Identity(), model, nn.Identity()
     with pytest.raises(Unsupported, match="not for inputs of the sizes"):
-        refuse_at_other_sizes(chain, dataclasses.replace(chain._origin, model=other.eval()), x)
+        refuse_unequal(chain, dataclasses.replace(chain._origin, model=other.eval()), x, logits, chain(x))
 
 
 def test_sizes_stay_free_with_len_args_and_kwargs():
@@ -789,3 +789,132 @@ def test_a_model_without_a_backward_pass_is_compared_in_all_else():
         chain = unravel(model, X)
         checks = chain.verify(X).set_index("check")
     assert checks.compared.to_dict() == {"logits": 1, "deletion": 3}
+
+
+def test_a_size_that_several_units_read_is_known_from_the_input():
+    """torch.export reads a size once, from a value within the first block, and a later block uses it."""
+
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.i, self.o, self.blocks = nn.Embedding(32, 8), linear(), linear(), body(lambda s, x: s.a(x))
+
+        def forward(self, x):
+            y = self.i(x)
+            table = self.table(torch.arange(2 * x.shape[1], 0, -1.0).long())
+            for block in self.blocks:
+                scores = torch.einsum("btc,sc->bts", block(y), table)
+                last = torch.arange(scores.shape[2]) - scores.shape[2]
+                y = y + torch.einsum("bts,sc->btc", scores.softmax(2) * last, table)
+            return self.o(y).mean(1) if x.shape[1] < 15 else self.o(y).sum(1)
+
+    model, x = seeded(Sized), torch.randn(2, 5, 8)
+    chain = quiet(model, x)
+    assert chain.traced_by == "torch.export"
+    exact(chain, model, x, units=3)
+    assert torch.equal(chain(x[:, :3]), model(x[:, :3]))
+
+
+def test_a_stream_without_gradients_is_told_of():
+    def silent(s, x):
+        with torch.no_grad():
+            return x + s.a(s.ln(x)) if x.shape[1] < 100 else x
+
+    with pytest.raises(Unsupported, match=r"torch\.no_grad\(\)"):
+        unravel(net(silent), X)
+
+
+def test_a_branch_that_is_added_to_all_parts_of_a_larger_state():
+    model, y = net(lambda s, x: x + s.a(x).mean(1, keepdim=True)), torch.tensor([1, 2])
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    table = weight_spectrum(chain, X, y).groupby("unit").share.sum()
+    loss = F.cross_entropy(model(X), y)
+    weights = [list(block.a.parameters()) for block in model[1:4]]
+    whole = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, w, retain_graph=True)]) for w in weights]
+    squares = torch.stack([g @ g for g in whole])
+    assert table.tolist() == pytest.approx((squares / squares.sum()).tolist(), rel=1e-4)
+
+
+def test_a_skip_that_is_added_to_all_parts_of_a_larger_branch_is_none():
+    """Its deletion would leave a smaller state than the network's."""
+    model = net(lambda s, x: add(s, x.mean(0, keepdim=True) + s.b(s.ln(x))))
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    assert any("3 of 6 additions became units" in note for note in chain.notes)
+
+
+def test_an_argument_that_lends_its_shape_or_type_alone_is_no_part_of_the_stream():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.i, self.o, self.blocks = nn.Embedding(9, 8), linear(), linear(), body(add)
+
+        def forward(self, x):
+            y = self.i(x)
+            positions = self.table(torch.arange(len(x))).type_as(y).expand_as(y).to(y)
+            return self.o(self.blocks(y + positions))
+
+    model = seeded(Positions)
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    assert [unit.name for unit in chain.units] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_hooks_of_transformers_that_only_collect_are_no_obstacle():
+    def hook(module, args, output):
+        """Stand for the one that transformers leaves on every layer of a model called with output_hidden_states."""
+
+    hook.__module__ = "transformers.utils.output_capturing"
+    model = net(add)
+    model[2].register_forward_hook(hook)
+    exact(quiet(model), model, units=3)
+    hook.__module__ = __name__
+    with pytest.raises(Unsupported, match=r"^2 has a hook"):
+        unravel(model, X)
+
+
+def test_two_embeddings_of_the_tokens_make_no_unit():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.o, self.blocks = nn.Embedding(9, 8), linear(), body(add)
+            self.register_buffer("places", torch.randn(9, 8))
+
+        def forward(self, tokens):
+            return self.o(self.blocks(self.tokens(tokens) + self.places[tokens.cumsum(1) % 9])).mean(1)
+
+    model, tokens = seeded(Positions), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    exact(quiet(model, tokens), model, tokens, units=3)
+
+
+class Images(nn.Module):
+    def __init__(self, decide=False):
+        super().__init__()
+        self.i, self.o, self.decide = nn.Conv2d(3, 4, 3, 2), nn.Linear(4, 8), decide
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        y = self.i(x)
+        for block in self.blocks:
+            y = y + block(y) if not self.decide or x.shape[2] > 2 else y
+        return self.o(y.mean((2, 3)))
+
+
+def test_batch_norm_that_torch_export_takes_apart_still_ends_a_branch():
+    model, x = seeded(lambda: Images(decide=True)), torch.randn(2, 3, 16, 16)
+    chain = quiet(model, x)
+    assert chain.traced_by == "torch.export"
+    checks = chain.verify(x).set_index("check")
+    assert checks.loc["deletion", ["compared", "equal"]].tolist() == [3, 3]
+
+
+def test_gradients_are_compared_on_few_and_small_images():
+    model, x, seen = seeded(Images), torch.randn(5, 3, 160, 160), []
+    handle = model.i.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+    chain = quiet(model, x)
+    handle.remove()
+    assert seen == 3 * [(5, 3, 160, 160)] + 2 * [(2, 3, 64, 64)]  # the model, its graph, the chain; then both again
+    assert torch.equal(chain(x), model(x))

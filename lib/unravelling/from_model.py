@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from .batches import move
 from .chain import Chain, Unit
-from .tracing.parts import Maker, Origin, make_parts
+from .tracing.parts import Maker, Origin, make_parts, number
 from .tracing.reading import NotABlock, read
 from .tracing.trace import (
     Unsupported,
@@ -52,7 +52,7 @@ from .tracing.trace import (
     trace_by_export,
     trace_symbolically,
 )
-from .verify import refuse_at_other_sizes, refuse_unequal, verify
+from .verify import refuse_changing, refuse_unequal, verify
 
 Function = Callable[[Any, Tensor], Tensor]
 """What a part of a block computes from the block and the state."""
@@ -233,20 +233,16 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
             f"the forward of {type(model).__name__} takes several inputs ({names}): {error}. Give an example of them "
             "all, as a tuple or as a dict"
         ) from error
-    before = copies_of_buffers(model)
+    before, drawn = copies_of_buffers(model), torch.get_rng_state()
     with torch.no_grad():
-        first = call(model, x)
-        changed = [name for name, (buffer, old) in before.items() if not torch.equal(buffer, old)]
-        second = call(model, x)
-    if not isinstance(first, Tensor):
-        raise Unsupported(f"the model returns a {type(first).__name__}, in which there is no tensor of logits")
-    if not torch.allclose(first, second, equal_nan=True):
+        logits = call(model, x)
+    if not isinstance(logits, Tensor):
+        raise Unsupported(f"the model returns a {type(logits).__name__}, in which there is no tensor of logits")
+    changed = [name for name, (buffer, old) in before.items() if not torch.equal(buffer, old)]
+    if changed or logits.device.type != "cpu" or not torch.equal(drawn, torch.get_rng_state()):
         why = f"each changes the buffer {changed[0]}" if changed else "it draws random numbers"
-        raise Unsupported(
-            f"two forward passes on the same input give different logits: {why}. A chain needs a forward pass in eval "
-            "mode that depends on nothing but its input"
-        )
-    return first, [f"a forward pass changes the buffer {n}, which the chain may leave as it is" for n in changed[:1]]
+        refuse_changing(model, x, logits, why)
+    return logits, [f"a forward pass changes the buffer {n}, which the chain may leave as it is" for n in changed[:1]]
 
 
 def _failure(model: nn.Module, way: str, error: Exception) -> str:
@@ -276,9 +272,9 @@ def _first_right_chain(
                 reading, stretches, found, notes = read(model, traced, makers, by_hand, stream)
                 chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
                 chain.notes = [*chain.notes, *notes]
-                if logits is not None:
-                    refuse_unequal(chain, chain._origin, x, logits)
-                    refuse_at_other_sizes(chain, chain._origin, x)
+                outputs = number(chain, x)
+                if logits is not None and outputs is not None:
+                    refuse_unequal(chain, chain._origin, x, logits, outputs)
             return chain, remarks + found
         except NotABlock as error:
             makers = {name: maker for name, maker in makers.items() if name != str(error)}

@@ -402,7 +402,8 @@ class _Step:
     def weights(self, g: Tensor) -> Tensor:
         """Return the gradient at the branch's weights, in one vector, empty where there are none."""
         given, f = self._weighted
-        through = grad(f, given, self._before_post(g), retain_graph=True, materialize_grads=True) if given else ()
+        g = self._before_post(g).sum_to_size(f.shape)
+        through = grad(f, given, g, retain_graph=True, materialize_grads=True) if given else ()
         return torch.cat([g.new_zeros(0), *(part.flatten() for part in through)])
 
     @functools.cached_property
@@ -418,12 +419,11 @@ class _Step:
         return g if identity else grad(self.after, self.total, g, retain_graph=True)[0]
 
     def _through(self, part: Tensor | None, g: Tensor | None) -> Tensor | None:
-        if part is None or g is None:
+        g = None if part is None or g is None else self._before_post(g)
+        if part is None or g is None or not part.requires_grad:
             return None
-        g = self._before_post(g)
-        if part is self.state or g is None:
-            return g
-        return grad(part, self.state, g, retain_graph=True, allow_unused=True)[0] if part.requires_grad else None
+        g = g.sum_to_size(part.shape)  # of two terms the smaller is added to all parts of the larger
+        return g if part is self.state else grad(part, self.state, g, retain_graph=True, allow_unused=True)[0]
 
 
 def _descent(

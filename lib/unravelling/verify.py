@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -47,10 +48,11 @@ def _largest(tensors: Iterable[Tensor | None]) -> float:
     return max(finite, default=0)
 
 
-def gradients(module: nn.Module, model: nn.Module, x: Any) -> Gradients:
-    """Return the gradients of a random combination of the logits at the input ``x`` and at the model's parameters.
+def gradients(module: nn.Module, model: nn.Module, x: Any) -> tuple[Tensor, Gradients]:
+    """Return logits, and the gradients of a random combination of them at the input ``x`` and the model's parameters.
 
-    The logits are those of ``module``: the model itself, or a chain that shares its parameters.
+    The logits are those of ``module``: the model itself, or a chain that shares its parameters. A model for inference
+    alone, whose backward pass fails, has no gradients.
     """
     leaves: dict[tuple[str, str], Tensor] = {}
 
@@ -65,76 +67,94 @@ def gradients(module: nn.Module, model: nn.Module, x: Any) -> Gradients:
         leaves |= {("parameters", name): p for name, p in model.named_parameters() if p.requires_grad}
         logits = call(module, example) if module is model else module(example)
     if not logits.requires_grad or not leaves:
-        return {}
+        return logits, {}
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     total = (logits * weights.to(logits)).sum()
-    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
+    try:
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    except RuntimeError:
+        return logits.detach(), {}
+    return logits.detach(), dict(zip(leaves, found, strict=True))
 
 
-def compared_gradients(chain: Chain, model: nn.Module, x: Any) -> Iterable[tuple[str, str, Tensor, Tensor, float]]:
+def compared_gradients(found: Gradients, expected: Gradients) -> Iterable[tuple[str, str, Tensor, Tensor, float]]:
     """Yield kind, name, both gradients, and their difference as a share of the largest gradient of that kind.
 
-    A missing gradient counts as zeros. A model for inference alone, whose backward pass fails, has none to compare.
+    A missing gradient counts as zeros.
     """
-    try:
-        expected = gradients(model, model, x)
-    except RuntimeError:
-        return
-    found = gradients(chain, model, x) if expected else {}
-    kinds = {kind for kind, _ in expected}
-    scales = {kind: _largest(g for (k, _), g in expected.items() if k == kind) for kind in kinds}
+    scale = functools.cache(lambda kind: _largest(g for (k, _), g in expected.items() if k == kind))
     for (kind, name), theirs in expected.items():
         ours = found.get((kind, name))
         some = ours if theirs is None else theirs
         if some is not None:
             ours, theirs = (torch.zeros_like(some) if g is None else g for g in (ours, theirs))
-            yield kind, name, ours, theirs, difference(ours, theirs, scales[kind])
+            yield kind, name, ours, theirs, 0.0 if torch.equal(ours, theirs) else difference(ours, theirs, scale(kind))
 
 
-def refuse_unequal(chain: Chain, origin: Origin, x: Any, logits: Tensor) -> None:
-    """Raise Unsupported where a new chain computes other logits or gradients than its model."""
-    allowed = tolerance_of(origin.model, logits)
-    with torch.no_grad():
-        if difference(chain(x), logits) > allowed:
-            raise Unsupported(first_difference(chain, origin, x))
-    for kind, name, _, _, gap in compared_gradients(chain, origin.model, x):
-        if gap > allowed:
-            raise Unsupported(
-                f"the chain computes what the model does, but its gradient at the {kind} {name} differs by {gap:.2g} "
-                "of the largest: tracing loses a backward pass of one's own, and regions under torch.no_grad(). "
-                "Register the class of the block that holds one with block_units: it is not looked into then"
-            )
+def refuse_unequal(chain: Chain, origin: Origin, x: Any, logits: Tensor, found: Tensor) -> None:
+    """Raise Unsupported where a new chain computes other logits or gradients than its model.
 
-
-def refuse_at_other_sizes(chain: Chain, origin: Origin, x: Any) -> None:
-    """Raise Unsupported where a new chain differs from its model at one more input a batch, or one more token.
-
-    Where the model itself takes no such input, or the chain says that it does not, there is nothing to compare.
+    The logits ``found`` by the chain are compared with the model's for the example, and logits and gradients for an
+    input of another size, which costs less: smaller images, few of them, and one more token; or what of that model and
+    chain take. The graph of a chain that takes it is the same one, so that all of its operations are compared.
     """
-    tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor) and t.dim()]
-    sequences = [t.shape[1] for t in tensors if 1 in free_dims(t)]
-    sizes = [*[t.shape[0] for t in tensors[:1]], *sequences[:1]]
-
-    def longer(t: Tensor, dims: int) -> Tensor:
-        for dim in range(min(dims, t.dim())):
-            if dim in free_dims(t) and t.shape[dim] == sizes[dim]:
-                t = torch.cat([t, t.narrow(dim, 0, 1)], dim)
-        return t
-
-    for dims in range(len(sizes), 0, -1):
-        other = tree_map_only(Tensor, partial(longer, dims=dims), x)
+    model = origin.model
+    allowed = tolerance_of(model, logits)
+    if difference(found, logits) > allowed:
+        refuse_changing(model, x, logits, "it depends on something else")
+        raise Unsupported(first_difference(chain, origin, x))
+    for other in _others(x):
         try:
-            with torch.no_grad():
-                expected, found = call(origin.model, other), chain(other)
+            (expected, theirs), (found, ours) = gradients(model, model, other), gradients(chain, model, other)
         except Exception:
             continue
-        if difference(found, expected) > tolerance_of(origin.model, expected):
+        if difference(found, expected) > allowed:
             now = [tuple(t.shape) for t in tree_leaves(other) if isinstance(t, Tensor)]
             raise Unsupported(
                 f"the chain computes what the model does for the example, but not for inputs of the sizes {now}: the "
                 "forward pass depends on sizes in a way that tracing loses"
             )
+        for kind, name, _, _, gap in compared_gradients(ours if theirs else {}, theirs):
+            if gap > allowed:
+                raise Unsupported(
+                    f"the chain computes what the model does, but its gradient at the {kind} {name} differs by "
+                    f"{gap:.2g} of the largest: tracing loses a backward pass of one's own, and regions under "
+                    "torch.no_grad(). Register the class of the block that holds one with block_units: it is not "
+                    "looked into then"
+                )
         return
+
+
+def refuse_changing(model: nn.Module, x: Any, logits: Tensor, why: str) -> None:
+    """Raise Unsupported where a second forward pass gives other logits than the first."""
+    with torch.no_grad():
+        second = call(model, x)
+    if not torch.allclose(second, logits, equal_nan=True):
+        raise Unsupported(
+            f"two forward passes on the same input give different logits: {why}. A chain needs a forward pass in eval "
+            "mode that depends on nothing but its input"
+        )
+
+
+def _others(x: Any) -> Iterator[Any]:
+    """Yield inputs of other sizes than the example, from the smallest to the example itself."""
+    tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor) and t.dim()]
+    sizes = [*[t.shape[0] for t in tensors[:1]], *[t.shape[1] for t in tensors if 1 in free_dims(t)][:1]]
+
+    def changed(t: Tensor, dims: int, side: int | None) -> Tensor:
+        for dim in range(min(dims, t.dim())):
+            if dim in free_dims(t) and t.shape[dim] == sizes[dim]:
+                more = t.shape[1] + 1 if dim else 3 if len(t) == 2 else 2
+                t = t.narrow(dim, 0, more) if more < t.shape[dim] else torch.cat([t, t.narrow(dim, 0, 1)], dim)
+        return t[..., :side, :side] if t.dim() == 4 and t.is_floating_point() else t
+
+    tried = []
+    for dims, side in [(2, 64), (1, 64), (2, None), (1, None), (0, None)]:
+        other = tree_map_only(Tensor, partial(changed, dims=dims, side=side), x)
+        shapes = [t.shape for t in tree_leaves(other) if isinstance(t, Tensor)]
+        if shapes not in tried:
+            tried.append(shapes)
+            yield other
 
 
 def _calls(model: nn.Module, x: Any, names: Iterable[str], zero: Iterable[tuple[str, int]] = ()) -> tuple[Any, dict]:
@@ -211,7 +231,8 @@ def verify(chain: Chain, origin: Origin, x: Any, tolerance: float | None = None)
         with torch.no_grad():
             logits = chain(x)
         note("logits", logits, expected, difference(logits, expected), "")
-        for kind, name, one, other, gap in compared_gradients(chain, model, x):
+        (_, ours), (_, theirs) = gradients(chain, model, x), gradients(model, model, x)
+        for kind, name, one, other, gap in compared_gradients(ours, theirs):
             note(f"gradient at the {kind}", one, other, gap, f"{name}")
         for i, ends in enumerate(origin.zeros):
             if ends and all(len(outputs[name]) > number for name, number in ends):

@@ -7,6 +7,7 @@ stream: the stem computes them and leaves them in a `Context` for the units.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from ..chain import NoSkip, Unit
+from ..chain import Chain, NoSkip, Unit
 from .reading import Reading, Stretch, Terms, place
 from .trace import Traced, Unsupported, arguments
 
@@ -180,7 +181,6 @@ def make_parts(
     for module in [*stem.modules(), *head.modules(), *(part for unit in units for part in unit.modules())]:
         if id(module) not in names:
             module.training = False
-    _number(units, stem, x)
     return stem, units, head, origin
 
 
@@ -202,13 +202,16 @@ def _shifts_labels(model: nn.Module) -> bool:
     return False
 
 
-def _number(units: Sequence[Unit], stem: nn.Module, x: Any) -> None:
-    """Make names unique, measure which units change the shape of the state, and begin a stage at each of these."""
-    seen: dict[str, int] = {}
+def number(chain: Chain, x: Any) -> Tensor | None:
+    """Make names unique, measure which units change the shape of the state, and begin a stage at each of these.
+
+    Returns the logits for the example, None without one.
+    """
+    seen: Counter[str] = Counter()
     with torch.no_grad():
-        y = None if x is None else stem(x)
-        for i, unit in enumerate(units):
-            seen[unit.name] = seen.get(unit.name, 0) + 1
+        y, stage = None if x is None else chain.stem(x), 1
+        for i, unit in enumerate(chain.units):
+            seen[unit.name] += 1
             if seen[unit.name] > 1:
                 unit.name = f"{unit.name}#{seen[unit.name]}"
             if y is not None:
@@ -216,7 +219,8 @@ def _number(units: Sequence[Unit], stem: nn.Module, x: Any) -> None:
                 unit.is_transition = y.shape != before
                 if unit.is_transition and not unit.residual and isinstance(unit.skip, nn.Identity):
                     unit.skip = NoSkip(unit.name)
-            unit.stage = units[i - 1].stage + unit.is_transition if i else 1
+            unit.stage = stage = stage + (unit.is_transition and i > 0)
+        return None if y is None else chain.head(y)
 
 
 class _Builder:

@@ -39,6 +39,7 @@ NO_DATA = {  # operations whose result carries no gradient of their operand
     *("logical_not", "logical_and", "logical_or", "isnan", "isinf", "argmax", "argmin", "bool", "long", "int"),
     *("__and__", "__or__", "__invert__", "bitwise_and", "bitwise_or", "bitwise_not", "any", "all"),
 }
+LIKE_ANOTHER = ("type_as", "expand_as", "view_as", "reshape_as", "to")  # whose second argument is no data
 PREFERRED = ("inputs_embeds", "input_ids", "pixel_values")
 SKIPS = ("skip", "shortcut", "downsample", "identity", "residual")
 
@@ -179,6 +180,11 @@ def _told(reading: Reading, causes: dict[str, list[fx.Node]]) -> list[str]:
     return [f"{text} ({len(ends)} times, first in {place(reading, ends[0])})" for text, ends in causes.items()]
 
 
+def _data(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments of a node whose numbers it depends on."""
+    return node.all_input_nodes[:1] if name_of(node) in LIKE_ANOTHER else node.all_input_nodes
+
+
 def place(reading: Reading, node: fx.Node) -> str:
     """Return the name of the module whose forward computes a node."""
     return reading.owner(node).partition("@")[0] or "the forward of the model"
@@ -242,7 +248,8 @@ class Reading:
 
     def share_shapes(self, late: Iterable[fx.Node], first: fx.Node) -> bool:
         """Let values that depend on the shape of a later state alone be computed from one before ``first`` like it."""
-        early = sorted((n for n in self.active if self.order[n] <= self.order[first]), key=self.order.__getitem__)
+        sizes = {n: [str(size) for size in n.meta["shape"]] for n in self.order if "shape" in n.meta}
+        early = [n for n in sizes if self.latest[n] <= self.order[first]]
         todo, changed = list(late), False
         while todo:
             node = todo.pop()
@@ -250,11 +257,16 @@ class Reading:
                 if arg not in self.active:
                     todo.append(arg)
                 elif self.order[arg] > self.order[first] and node not in self.active:
-                    like = (str(arg.meta.get("shape")), arg.meta.get("dtype"))
-                    alike = [n for n in early if (str(n.meta.get("shape")), n.meta.get("dtype")) == like]
-                    if not alike or "shape" not in arg.meta:
+                    alike = [n for n in early if n in self.active and sizes[n] == sizes.get(arg)]
+                    alike = [n for n in alike if n.meta.get("dtype") == arg.meta.get("dtype")]
+                    if alike:
+                        node.replace_input_with(arg, alike[-1])
+                    elif name_of(node) == "sym_size" and any(sizes[arg][node.args[1]] in sizes[n] for n in early):
+                        size = sizes[arg][node.args[1]]
+                        other = next(n for n in early if size in sizes[n])
+                        node.args = (other, sizes[other].index(size))
+                    else:
                         return False
-                    node.replace_input_with(arg, alike[-1])
                     changed = True
         self._survey()
         return changed
@@ -277,12 +289,12 @@ class Reading:
             ends = shape or name in NO_DATA or "assert" in name or "guard" in name
             if name == "to" and torch.bool in (*node.args, *node.kwargs.values()):
                 ends = True
-            if not ends and any(arg in reached for arg in node.all_input_nodes):
+            if not ends and any(arg in reached for arg in _data(node)):
                 reached.add(node)
         live = {self.traced.output}
         for node in reversed(nodes):
             if node in live:
-                live.update(arg for arg in node.all_input_nodes if arg in reached)
+                live.update(arg for arg in _data(node) if arg in reached)
         return reached & live
 
     def _cuts(self) -> list[fx.Node]:
@@ -305,7 +317,7 @@ class Reading:
 
     def stream_args(self, node: fx.Node) -> list[fx.Node]:
         """Return those arguments of a node that belong to the stream."""
-        return [arg for arg in node.all_input_nodes if arg in self.active]
+        return [arg for arg in _data(node) if arg in self.active]
 
     def cut_calls(self) -> dict[Key, str]:
         """Return the module calls in which there are cuts, with the modules' names, in order."""
@@ -338,7 +350,7 @@ class Reading:
             node = todo.pop()
             if node in self.active and node not in found and self.order[node] > self.order[start]:
                 found.add(node)
-                todo.extend(node.all_input_nodes)
+                todo.extend(_data(node))
         return found
 
     def region(self, key: Key, at_cuts: bool = False) -> tuple[fx.Node, fx.Node] | None:
@@ -353,13 +365,13 @@ class Reading:
 
     def output(self, node: fx.Node, outside: fx.Node | None = None) -> tuple[str, int] | None:
         """Return the module, and which of its calls, that returns a node's value and does not hold ``outside``."""
-        if node.target is operator.getitem and node.args[1] == 0:  # of several that it returns, as an LSTM does
-            node = node.args[0]  # type: ignore[assignment]
-        for key, name in self.stacks[node]:
+        first = node.target is operator.getitem and node.args[1] == 0  # of several that it returns, as an LSTM does
+        ends = [node, node.args[0]] if first else [node]
+        for key, name in [call for end in ends[::-1] for call in self.stacks[end]]:
             if outside is not None and self.under(outside, key):
                 continue
             region = self.region(key)
-            if region is not None and region[1] is node:
+            if region is not None and region[1] in ends:
                 return name, int(key.partition("@")[2] or 0)
         return None
 
@@ -396,7 +408,7 @@ class Reading:
             way = self.between(early, late)
             if SUMS[name_of(node)] < 0 and not self.weights(way, least=1):
                 continue
-            if any(early in n.all_input_nodes for n in way):
+            if any(early in _data(n) for n in way):
                 found[node] = early, True, bool(self.weights(way))
             elif self.weights(self.between(self.dominator[node], node), least=1):
                 found[node] = self.dominator[node], False, True
@@ -451,8 +463,8 @@ def _sums(reading: Reading, taken: set[fx.Node]) -> tuple[list[Stretch], dict[st
 
 def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | str | None:
     """Read a bead as a residual addition; None if it is none, or a sentence why it looks like one but is not."""
-    direct = reading.operands(end)
-    if direct is None:
+    direct, numbers = reading.operands(end), start.meta.get("dtype", torch.float32)
+    if direct is None or not (numbers.is_floating_point or numbers.is_complex):  # tokens have no gradient
         return None
 
     def is_start(node: fx.Node) -> bool:
@@ -485,6 +497,8 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
     branches = [i for i in range(len(terms)) if i not in skips]
     skip_way, branch_way = ({n for i in some for n in ways[i]} for some in (skips, branches))
     if not branches or not (exact or reading.weights(branch_way, least=1)):
+        return None
+    if all(_smaller(terms[i][0], end) for i in skips):  # not what a deletion leaves
         return None
     if reading.weights(skip_way & branch_way, least=1):
         if all(name_of(reading.itself(node)) in ("mul", "__mul__") for node, _ in terms):
@@ -588,6 +602,8 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
     joins = [n for n in nodes if name_of(n) in MERGES and len(reading.stream_args(n)) > 1]
     sums = [node for node in nodes if reading.operands(node) is not None]
     name = type(model).__name__
+    if any(name_of(node) == "wrap_with_set_grad_enabled" for node in nodes):
+        return f"{name} computes its stream under torch.no_grad(), where torch.export does not look: leave that out"
     if causes:
         return f"no chain of residual units computes {name}: {'; '.join(_told(reading, causes))}"
     if joins and not any(weighted for *_, weighted in reading.sums.values()):
@@ -656,6 +672,13 @@ def _same_shape(reading: Reading, node: fx.Node, other: fx.Node) -> bool:
     if "shape" in other.meta:
         return str(node.meta.get("shape")) == str(other.meta["shape"])
     return not reading.weights([node], least=1)
+
+
+def _smaller(node: fx.Node, other: fx.Node) -> bool:
+    """Whether a value is known to have fewer elements than another one that it is part of the sum of."""
+    sizes, others = node.meta.get("shape", ()), other.meta.get("shape", ())
+    pairs = zip(sizes, others, strict=False)
+    return len(sizes) < len(others) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
 
 
 def _name(reading: Reading, stretch: Stretch, stretches: Sequence[Stretch]) -> str:

@@ -151,12 +151,13 @@ def refuse_hooks(model: nn.Module, *, layers: bool) -> None:
     """Raise Unsupported for a hook on a module that a chain takes apart, where the hook would never be called.
 
     Hooks on layers that stay whole are called in the chain as in the model, unless ``layers`` are taken apart, too.
-    Those of `torch.nn.utils`, such as ``weight_norm``, belong to the layer.
+    Those of `torch.nn.utils`, such as ``weight_norm``, belong to the layer, those of transformers change nothing.
     """
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, module in model.named_modules():
         hooks = [hook for table in tables for hook in getattr(module, table).values()]
-        own = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
+        home = lambda hook: getattr(hook, "__module__", type(hook).__module__)  # noqa: E731
+        own = [hook for hook in hooks if not home(hook).startswith(("torch.nn.utils", "transformers."))]
         if own and (layers or not _is_layer(module)):
             raise Unsupported(
                 f"{name or 'the model'} has a hook ({getattr(own[0], '__name__', type(own[0]).__name__)}), which a "
@@ -190,8 +191,8 @@ def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def copied(x: Tensor, value: Tensor, *_: Any) -> Tensor:
-    """Return a value in the shape and type of another one, as ``aten.copy`` does, which has no derivative."""
-    return value.to(x.dtype).expand_as(x)
+    """Return a value in the shape, type and layout of another one, as ``aten.copy`` does, which has no derivative."""
+    return torch.empty_like(x).copy_(value)
 
 
 def identity(x: Tensor) -> Tensor:
