@@ -913,7 +913,7 @@ OTHERS: dict[str, Other] = {
             "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 4)
         ),
         8,
-        4,
+        8,
     ),
     "timm pvt_v2": Other(
         lambda: timm("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 2, 2)), 8, 8
@@ -946,7 +946,7 @@ OTHERS: dict[str, Other] = {
     "transformers falcon": Other(lambda: transformer("FalconForCausalLM", small_transformer()), 2, 2, kind="tokens"),
     "transformers olmo2": Other(lambda: transformer("Olmo2ForCausalLM", LLM), 4, 4, kind="tokens"),
     "transformers granite": Other(
-        lambda: transformer("GraniteForCausalLM", LLM | {"residual_multiplier": 0.5}), 4, 0, kind="tokens"
+        lambda: transformer("GraniteForCausalLM", LLM | {"residual_multiplier": 0.5}), 4, 4, kind="tokens"
     ),
     "transformers qwen2": Other(lambda: transformer("Qwen2ForCausalLM", LLM), 4, 4, kind="tokens"),
     "transformers qwen3": Other(lambda: transformer("Qwen3ForCausalLM", LLM | {"head_dim": 8}), 4, 4, kind="tokens"),
@@ -997,7 +997,7 @@ OTHERS: dict[str, Other] = {
         kind="sounds and tokens",
     ),
     "timm davit": Other(
-        lambda: timm("davit_tiny", depths=(1, 1), embed_dims=(8, 16), num_heads=(2, 2), window_size=4), 16, 14
+        lambda: timm("davit_tiny", depths=(1, 1), embed_dims=(8, 16), num_heads=(2, 2), window_size=4), 16, 16
     ),
     "timm repvit": Other(lambda: timm("repvit_m0_9", embed_dim=(8, 16), depth=(2, 2)), 11, 11),
 }

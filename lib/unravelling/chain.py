@@ -160,7 +160,9 @@ class Unit(nn.Module):
         """
         if self.branch is None or not self.residual or not self.has_identity_skip:
             return self
-        return self._with(Unit(self.branch, Change(partial(mul, 1 - c))), Change(partial(mul, c)))
+        branch = Unit(self.branch, Change(partial(mul, 1 - c)))
+        branch.skip.training = branch.post.training = self.training
+        return self._with(branch, Change(partial(mul, c)))
 
     def _with(self, branch: nn.Module | None, skip: nn.Module | None = None) -> Unit:
         options: dict[str, Any] = {"name": self.name, "stage": self.stage, "transition": self.is_transition}

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -261,9 +261,11 @@ class Reading:
                     alike = [n for n in alike if n.meta.get("dtype") == arg.meta.get("dtype")]
                     if alike:
                         node.replace_input_with(arg, alike[-1])
-                    elif name_of(node) == "sym_size" and any(sizes[arg][node.args[1]] in sizes[n] for n in early):
-                        size = sizes[arg][node.args[1]]
-                        other = next(n for n in early if size in sizes[n])
+                    elif name_of(node) == "sym_size":
+                        size = sizes[arg][cast(int, node.args[1])]
+                        other = next((n for n in early if size in sizes[n]), None)
+                        if other is None:
+                            return False
                         node.args = (other, sizes[other].index(size))
                     else:
                         return False
@@ -607,16 +609,17 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
     if causes:
         return f"no chain of residual units computes {name}: {'; '.join(_told(reading, causes))}"
     if joins and not any(weighted for *_, weighted in reading.sums.values()):
-        what = f"{len(joins)} concatenations (the first in {place(reading, joins[0])})"
+        what = f"{len(joins)} concatenation{'s' * (len(joins) > 1)} (the first in {place(reading, joins[0])})"
         return (
             f"{name} has no residual unit, but {what}, as a DenseNet, a U-Net or a ShuffleNet has: no chain of skip + "
             'branch computes them. Unravel a part that is residual, or name plain units by hand: units="layers.*"'
         )
     if sums:
+        number = f"{len(sums)} addition{'s' * (len(sums) > 1)}"
         return (
-            f"{name} has {len(sums)} additions, but no chain of residual units: their skips cross or overlap, as where "
-            "several streams run beside each other, or no operand is a skip (the first in "
-            f"{place(reading, sums[0])}). Say which modules are the blocks: units=…, branch=…"
+            f"{name} has {number}, but no chain of residual units: their skips cross or overlap, as where several "
+            f"streams run beside each other, or no operand is a skip (the first in {place(reading, sums[0])}). Say "
+            "which modules are the blocks: units=…, branch=…"
         )
     return (
         f"{name} has no skip: no addition joins a value with what is computed from it. To take a plain network apart, "

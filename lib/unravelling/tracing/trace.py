@@ -131,7 +131,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def calls_of(node: fx.Node) -> Iterator[tuple[str, str]]:
-    """Yield the module calls around a node, outermost first, each as ``Key`` and name of the module."""
+    """Yield the module calls around a node, outermost first, each as its key and the name of the module."""
     for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
         name = str(name).removeprefix("L['self'].").partition("@")[0]
         if name and not name.startswith(("_empty", "L['self']")):
@@ -319,9 +319,9 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
     if any(writes) or any(name_of(node) == "wrap_with_autocast" for node in program.graph.nodes):
         program = program.run_decompositions({})  # as plain operations, none of which writes to a tensor
     module = program.module()
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.copy.default:
-            node.target = copied
+    instead = {torch.ops.aten.copy.default: copied, torch.ops.aten.view.default: torch.ops.aten.reshape.default}
+    for node in module.graph.nodes:  # with gradients, attention may lay out its results so that no view is possible
+        node.target = instead.get(node.target, node.target)
     nodes = module.graph.nodes
     placeholders = [node for node in nodes if node.op == "placeholder"]
     names = [str(node.target) for node in placeholders]
