@@ -3,7 +3,7 @@
 import gc
 import math
 import re
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -158,6 +158,30 @@ def test_states_take_no_more_memory_than_allowed(memory, measure):
     assert 0 < most <= max(memory, need)
     if memory in (0, 2**30):
         assert (max(called) > 1) == (memory > 0)  # what there is room for is used
+
+
+@pytest.mark.parametrize(("memory", "together"), [(9, 2), (9 - 1 / 320, 1)])
+def test_states_are_stacked_from_where_they_fit(memory, together):
+    """Two states that go on, the three of a walk in depth, and two of them as one batch, in and out: nine."""
+    torch.manual_seed(0)
+    chain = Chain(nn.Identity(), [Unit(nn.Linear(8, 8)) for _ in range(4)], nn.Identity()).double()
+    x, y = torch.randn(5, 8, dtype=torch.float64), torch.arange(5)  # 320 bytes a state
+    called = []
+    handle = chain.units[1].register_forward_hook(lambda unit, inputs, output: called.append(len(inputs[0]) // 5))
+    delete_each(chain, (x, y), max_memory=int(memory * 320))
+    handle.remove()
+    assert called == [together] * (2 // together)
+
+
+def test_a_complete_shuffle_takes_every_order_of_a_stage_and_no_other():
+    chain = resnet(20, width=2, in_channels=1, seed=0)
+    orders = reorder(chain, BATCHES[:1], None, 60)["order"].str.split().map(lambda units: [int(i) for i in units])
+    stages = [[i for i, u in enumerate(chain.units) if u.stage == s and not u.is_transition] for s in (1, 2, 3)]
+    for members in stages:
+        found = {tuple(order[i] for i in members) for order in orders}
+        assert found == set(permutations(members))
+    fixed = [i for i, unit in enumerate(chain.units) if unit.is_transition]
+    assert all(order[i] == i for order in orders for i in fixed)
 
 
 def test_with_room_every_branch_is_called_once():
