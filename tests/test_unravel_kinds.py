@@ -122,6 +122,15 @@ def test_a_deleted_lerp_is_an_edit_of_the_source():
 
 
 @pytest.mark.parametrize(
+    "f", [lambda s, x: torch.addcmul(x, s.g, s.b(x)), lambda s, x: torch.lerp(x, s.b(x), 0.25)], ids=["addcmul", "lerp"]
+)
+def test_fused_additions_one_after_another_have_their_deletions_compared(f):
+    chain = unravel(net(f), X)
+    deletion = chain.verify(X).set_index("check").loc["deletion"]
+    assert (deletion["compared"], deletion["of"], len(chain)) == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
     ("f", "where"),
     [
         (lambda s, x: s.o(s.m(x).sigmoid() * s.body(s.i(x))), None),

@@ -412,7 +412,7 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
 
     Such are ``addcmul``, ``lerp``, ``addmm``, ``baddbmm``, the sum or mean over a stack, and the 0 of Python's ``sum``.
     """
-    graph, found = traced.graph, False
+    graph, stream, found = traced.graph, set(stream), False
     for node in [node for node in graph.nodes if node in stream]:
 
         def call(function: Callable[..., Any], *args: Any, node: fx.Node = node) -> fx.Node:
@@ -448,6 +448,7 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
         else:
             continue
         found = True
+        stream.add(new)
         node.replace_all_uses_with(new)
         traced.output = new if node is traced.output else traced.output
         graph.erase_node(node)
