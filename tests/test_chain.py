@@ -74,6 +74,10 @@ def test_unit_knows_its_kind():
         (Pad(0, 1), False),
         (nn.MaxPool2d(3, 1, 1), False),
         (nn.Linear(7, 7), False),
+        (nn.Conv1d(4, 4, 1), False),
+        (nn.Conv3d(4, 4, 1), False),
+        (nn.Conv1d(4, 4, 1, 2), True),
+        (nn.Conv3d(4, 4, 1, (1, 1, 2)), True),
         (nn.Conv2d(4, 8, 1), True),
         (nn.Sequential(nn.Conv2d(4, 4, 1, 2), nn.BatchNorm2d(4)), True),
         (nn.MaxPool2d(2), True),
@@ -90,7 +94,7 @@ def test_a_skip_says_whether_the_shape_changes(skip, changes):
     assert unit.scaled(2).is_transition == changes
     assert unit.has_identity_skip is False
     if not isinstance(skip, (NoSkip, nn.Linear)):
-        y = torch.zeros(1, 4, 6, 6)
+        y = torch.zeros(1, 4, *[6] * {nn.Conv1d: 1, nn.Conv3d: 3}.get(type(skip), 2))
         assert (skip(y).shape != y.shape) == changes
         assert unit.deleted().is_transition == changes
 
