@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """[cosmic-ray]
 module-path = "lib/unravelling/{module}.py"
 timeout = 1200
-test-command = "{python} -m pytest -x -q -p no:cacheprovider tests/test_{module}.py {door}"
+test-command = "{python} -m pytest -x -q -p no:cacheprovider tests/test_{module}.py {others}"
 distributor.name = "local"
 """
 DOOR = "tests/test_door.py::test_arguments_that_make_no_sense"
+ALSO = {"paths": "tests/test_every_path.py", "chain": "tests/test_paths.py"}  # where more of a module is tested
 LEFT_OUT = re.compile("BinaryOperator_(BitOr_.*|.*_(RShift|LShift|BitXor|BitOr|BitAnd))$|_Eq_Is$|_NotEq_IsNot$")
 
 
@@ -39,11 +40,12 @@ def choose(session: Path, sample: int, seed: int) -> None:
 def main(module: str = "stats", sample: str = "60", seed: str = "12") -> None:
     """Try the faults in ``_build/mutants/<module>-<seed>``."""
     folder, run = ROOT / f"_build/mutants/{module}-{seed}", subprocess.check_call
+    others = f"{ALSO.get(module, '')} {DOOR}"
     cosmic_ray = [sys.executable, "-m", "cosmic_ray.cli"]
     if not (folder / "session.sqlite").exists():
         folder.mkdir(parents=True, exist_ok=True)
         run(f"git archive HEAD | tar -x -C '{folder}'", shell=True, cwd=ROOT)
-        (folder / "config.toml").write_text(CONFIG.format(module=module, python=sys.executable, door=DOOR))
+        (folder / "config.toml").write_text(CONFIG.format(module=module, python=sys.executable, others=others))
         run([*cosmic_ray, "init", "config.toml", "new.sqlite"], cwd=folder)
         choose(folder / "new.sqlite", int(sample), int(seed))
         (folder / "new.sqlite").rename(folder / "session.sqlite")

@@ -439,6 +439,15 @@ def test_a_split_by_hand():
     assert canonical_split(chain, x, 2)["c"].tolist() == [4, pytest.approx(math.nan, nan_ok=True)]
 
 
+def test_the_standard_error_of_a_trace_by_hand():
+    """Of two estimates it is half their difference, so both are known, and with the mean of three the third."""
+    torch.manual_seed(0)
+    chain, x = Chain(nn.Identity(), [Unit(nn.Linear(5, 5))], nn.Identity()).double(), torch.randn(3, 5).double()
+    two, three = (canonical_split(chain, x, samples, seed=0).iloc[0] for samples in (2, 3))
+    values = [two["c"] - two["standard_error"], two["c"] + two["standard_error"], 3 * three["c"] - 2 * two["c"]]
+    assert three["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(3))
+
+
 @pytest.mark.parametrize(
     ("c", "error", "message"),
     [
