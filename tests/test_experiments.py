@@ -1,6 +1,7 @@
 """The long runs: training that resumes, cells, the collector that touches nothing else, and Snakemake being killed."""
 # ruff: noqa: E402 (the scripts are found by path)
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -961,3 +962,10 @@ def test_a_pod_runs_the_script_of_a_job(tmp_path):
     assert container["resources"] == {"requests": {"cpu": 2, "memory": "8000M"}, "limits": {"nvidia.com/gpu": 1}}
     assert pod("status", name) == "failed"
     assert f"delete pod {name}" in (tmp_path / "asked").read_text()
+
+
+def test_float32_is_not_rounded_in_the_convolutions_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    options, seen = argparse.Namespace(out=tmp_path / "a.csv", threads=None, device="cpu"), []
+    assert cells.run(lambda _: seen.append(torch.backends.cudnn.allow_tf32), options, ".csv") == 0
+    assert seen == [False]
