@@ -363,7 +363,8 @@ def test_steps_that_a_graph_repeats_are_the_same_steps(data, tmp_path, precision
         fit(net().cuda(), data, recipe, progress=False, graph=graph, checkpoint=tmp_path / f"{graph}.pt")
         for graph in (False, True)
     ]
-    pd.testing.assert_frame_equal(*histories, rtol=0.02)  # cuDNN may add up in another order from run to run
+    losses = [history["train_loss"].tolist() for history in histories]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # cuDNN may add up in another order from run to run
     here = fit(net(1), data, recipe, progress=False, checkpoint=tmp_path / "True.pt")  # on the processor
     pd.testing.assert_frame_equal(here, histories[1], check_exact=True)
 
