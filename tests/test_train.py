@@ -364,7 +364,7 @@ def test_steps_that_a_graph_repeats_are_the_same_steps(data, tmp_path, precision
         for graph in (False, True)
     ]
     losses = [history["train_loss"].tolist() for history in histories]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # cuDNN may add up in another order from run to run
+    assert losses[0] == pytest.approx(losses[1], rel=0.005)  # cuDNN may add up in another order from run to run
     here = fit(net(1), data, recipe, progress=False, checkpoint=tmp_path / "True.pt")  # on the processor
     pd.testing.assert_frame_equal(here, histories[1], check_exact=True)
 
