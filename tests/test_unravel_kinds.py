@@ -100,6 +100,16 @@ SECOND = {
     "stack last": lambda s, x: torch.stack([s.b(h := add(s, x)), h], -1).sum(dim=-1),
     "python sum": lambda s, x: sum([h := add(s, x), s.b(h)]),
     "addmm": lambda s, x: torch.addmm(h := add(s, x), torch.tanh(h), s.b.weight),
+    "addmm alpha beta": lambda s, x: torch.addmm(h := add(s, x), torch.tanh(h), s.b.weight, alpha=0.5, beta=0.9),
+    "baddbmm": lambda s, x: torch.baddbmm(
+        (h := add(s, x))[:, None], torch.tanh(h)[:, None], s.b.weight.expand(len(h), 8, 8))[:, 0],
+    "addcdiv": lambda s, x: torch.addcdiv(h := add(s, x), s.b(h), 1 + s.g.exp()),
+    "subtract": lambda s, x: torch.subtract(h := add(s, x), s.b(h)),
+    "rsub": lambda s, x: torch.rsub(s.b(h := add(s, x)), h),
+    "add by name": lambda s, x: torch.add(input=(h := add(s, x)), other=s.b(h)),
+    "lerp by name": lambda s, x: torch.lerp(input=(h := add(s, x)), end=s.b(h), weight=0.25),
+    "index_add": lambda s, x: (h := add(s, x)).index_add(1, torch.arange(4), s.b(h)[:, :4]),
+    "scatter_add": lambda s, x: torch.scatter_add(h := add(s, x), 1, torch.arange(4).expand(len(h), 4), s.b(h)[:, :4]),
 }
 
 
@@ -390,6 +400,88 @@ def test_networks_of_lora_layers_are_told_of():
     with pytest.warns(UserWarning, match="no identity beside their branch.*LoRA"):
         chain = unravel(seeded(lambda: nn.Sequential(Lora(), nn.ReLU(), Lora(), nn.ReLU(), Lora(), linear())), X)
     assert len(chain) == 3
+
+
+def test_layers_as_skips_are_told_of_beside_blocks_that_change_the_shape():
+    class Two(nn.Module):
+        def __init__(self, *size):
+            super().__init__()
+            self.a, self.b = nn.Linear(*size), nn.Linear(*size)
+
+        def forward(self, x):
+            return self.a(x) + torch.tanh(self.b(x))
+
+    sizes = [(8, 8), (8, 8), (8, 6), (6, 6), (6, 6)]
+    with pytest.warns(UserWarning, match="4 of 5 units have no identity beside their branch"):
+        unravel(seeded(lambda: nn.Sequential(linear(), *(Two(*size) for size in sizes), nn.Linear(6, 8))), X)
+
+
+def test_a_forward_that_assigns_to_its_module_leaves_nothing_behind():
+    class Rotary(nn.Module):
+        """Keeps a table that is no buffer, and moves it in the forward pass, as Meta's Llama does."""
+
+        def __init__(self):
+            super().__init__()
+            self.i, self.o, self.table = linear(), linear(), torch.randn(16, 8)
+            self.blocks = nn.ModuleList(linear() for _ in range(3))
+
+        def forward(self, x):
+            y = self.i(x)
+            self.table = self.table.to(y.device)
+            for block in self.blocks:
+                y = y + torch.tanh(block(y * self.table[: x.shape[1]]))
+            return self.o(y.mean(1))
+
+    model, x = seeded(Rotary), torch.randn(2, 5, 8)
+    before = model.table
+    exact(quiet(model, x), model, x, units=3)
+    assert model.table is before
+
+
+def test_a_time_before_the_state_is_read_by_every_block():
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.o = nn.ModuleList(nn.Linear(9, 8) for _ in range(3)), linear()
+
+        def forward(self, t, x):
+            for layer in self.layers:
+                x = x + torch.tanh(layer(torch.cat([x, torch.ones_like(x[:, :1]) * t], 1)))
+            return self.o(x)
+
+    model, inputs = seeded(Flow), (torch.tensor(0.5), X)
+    with pytest.warns(UserWarning, match="the stream starts at 'x'"):
+        chain = unravel(model, inputs)
+    exact(chain, model, inputs, units=3)
+
+
+@dataclasses.dataclass
+class Output:
+    loss: object
+    logits: torch.Tensor
+
+
+def test_logits_in_a_dataclass_or_a_named_tuple():
+    named = collections.namedtuple("named", "logits hidden")
+    for make in (lambda y: Output(None, y), lambda y: Output(loss=None, logits=y), lambda y: named(y, 1)):
+        model = wrapped(lambda s, x, make=make: make(s.o(s.body(s.i(x)))))
+        chain = quiet(model)
+        assert len(chain) == 3
+        assert torch.equal(chain(X), model(X).logits)
+
+
+def test_a_weight_that_is_expanded_over_the_batch_names_its_unit():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList(torch.randn(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            for weight in self.weights:
+                x = x + torch.bmm(x[:, None], weight.expand(len(x), 8, 8))[:, 0]
+            return x
+
+    assert [unit.name for unit in quiet(seeded(Bare)).units] == ["weights.0", "weights.1", "weights.2"]
 
 
 def test_refusals_name_the_cause_and_modules():

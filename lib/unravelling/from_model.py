@@ -264,11 +264,12 @@ def _first_right_chain(
     while ways:
         try:
             with redirect_stderr(io.StringIO()):  # torch.export and torch.fx print whole graphs where they fail
-                if ways[0] == "torch.fx":
-                    traced = trace_symbolically(model, x, map(model.get_submodule, makers))
-                else:
-                    refuse_hooks(model, layers=True)
-                    traced = trace_by_export(model, x)
+                with preserved(model):  # a forward that assigns to its module leaves proxies there
+                    if ways[0] == "torch.fx":
+                        traced = trace_symbolically(model, x, map(model.get_submodule, makers))
+                    else:
+                        refuse_hooks(model, layers=True)
+                        traced = trace_by_export(model, x)
                 reading, stretches, found, notes = read(model, traced, makers, by_hand, stream)
                 chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
                 chain.notes = [*chain.notes, *notes]

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from .trace import Traced, Unsupported, calls_of, identity, name_of, split_sums
 
-SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0}
+SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0, "subtract": -1.0}
 MERGES = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
 NOTHING = ("identity", "contiguous", "clone", "alias", "dropout")
 KEEP_ZEROS = {  # operations that return zeros for zeros
@@ -29,6 +29,7 @@ KEEP_ZEROS = {  # operations that return zeros for zeros
     *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand"),
     *("getitem", "slice", "select", "narrow", "chunk", "split", "split_with_sizes", "unbind", "roll", "flip", "repeat"),
     *("to", "_to_copy", "type_as", "float", "contiguous", "clone", "alias", "dropout", "identity", "interpolate"),
+    *("t", "mT", "numpy_T", "swapaxes"),
 }
 SHAPES = {"shape", "device", "dtype", "ndim", "is_cuda", "layout", "requires_grad"}
 NO_DATA = {  # operations whose result carries no gradient of their operand
@@ -98,24 +99,29 @@ def read(
     names = [traced.inputs[node] for node in used]
     if stream is not None and stream not in names:
         raise Unsupported(f"stream={stream!r} names no input that the model uses: these are {', '.join(names)}")
-    best: tuple[Reading, list[Stretch], list[str]] | None = None
+    best, most = None, 0
+    found: tuple[Reading, list[Stretch], list[str]] | None = None
     refusal = Unsupported("")
     for source in sorted(used, key=lambda node: traced.inputs[node] not in PREFERRED):
         name = traced.inputs[source]
         if name != stream and (stream is not None or (best is not None and "mask" in name)):
             continue
+        if found is not None:
+            found[0].restore()  # the next reading starts from the graph as it was
         try:
             found = _read_from(model, Reading(traced, source), blocks, by_hand)
         except Unsupported as error:
-            refusal = refusal if str(refusal) else error
+            found, refusal = None, refusal if str(refusal) else error
             continue
-        if best is None or len(found[1]) > len(best[1]):
-            best, found = found, best
-        if found is not None:
-            found[0].restore()
+        if len(found[1]) > most:
+            best, most = source, len(found[1])
     if best is None:
         raise refusal
-    reading, stretches, warnings = best
+    if found is None or found[0].entry is not best:
+        if found is not None:
+            found[0].restore()
+        found = _read_from(model, Reading(traced, best), blocks, by_hand)
+    reading, stretches, warnings = found
     _share_out(reading, stretches)
     for stretch in stretches:
         stretch.output = reading.output(stretch.post)
@@ -156,7 +162,8 @@ def _read_from(
     warnings = _told(reading, causes)
     computed = [s for s in stretches if s.skip and s.branch and not s.exact_skip]
     loaded = [s for s in computed if reading.weights(n for node, _ in s.skip for n in reading.between(s.start, node))]
-    if len(loaded) > len(stretches) / 2 and all(_same_shape(reading, s.end, s.start) for s in loaded):
+    loaded = [s for s in loaded if _same_shape(reading, s.end, s.start)]
+    if len(loaded) > len(stretches) / 2:
         warnings.append(
             f"{len(loaded)} of {len(stretches)} units have no identity beside their branch, but a layer with weights "
             "of its own, as LoRA has its base layer, or a mixture of streams (the first in "
@@ -183,6 +190,10 @@ def _told(reading: Reading, causes: dict[str, list[fx.Node]]) -> list[str]:
 def _data(node: fx.Node) -> list[fx.Node]:
     """Return the arguments of a node whose numbers it depends on."""
     return node.all_input_nodes[:1] if name_of(node) in LIKE_ANOTHER else node.all_input_nodes
+
+
+def _is_shape(node: fx.Node) -> bool:
+    return name_of(node) == "getattr" and node.args[1] in SHAPES
 
 
 def place(reading: Reading, node: fx.Node) -> str:
@@ -219,12 +230,15 @@ class Reading:
         # for every node, the position of the last stream node that it depends on, and whether it depends on no input
         self.latest: dict[fx.Node, int] = {}
         self.constant: dict[fx.Node, bool] = {}
+        self.fixed: dict[fx.Node, bool] = {}  # whether it depends on no input but by its sizes
         self.dominator: dict[fx.Node, fx.Node] = {self.source: self.source}  # the last node that all ways here pass
         for node in nodes:
             args = node.all_input_nodes
             own = self.order[node] if node in self.active else -1
             self.latest[node] = max([own, *(self.latest[arg] for arg in args)])
             self.constant[node] = node.op != "placeholder" and all(self.constant[arg] for arg in args)
+            size = name_of(node) in ("size", "sym_size", "len") or _is_shape(node)
+            self.fixed[node] = size or (node.op != "placeholder" and all(self.fixed[arg] for arg in args))
             if node in self.active and node is not self.source:
                 common, *others = self.stream_args(node)
                 for other in others:
@@ -287,7 +301,7 @@ class Reading:
         reached = {self.source}
         for node in nodes:
             name = name_of(node)
-            shape = name == "getattr" and node.args[1] in SHAPES
+            shape = _is_shape(node)
             ends = shape or name in NO_DATA or "assert" in name or "guard" in name
             if name == "to" and torch.bool in (*node.args, *node.kwargs.values()):
                 ends = True
@@ -341,7 +355,7 @@ class Reading:
         """Yield the names of the parameters and buffers that a value outside the stream is computed from."""
         if node.op == "get_attr":
             yield str(node.target)
-        elif node not in self.active and self.constant[node]:
+        elif self.fixed[node]:
             for arg in node.all_input_nodes:
                 yield from self.attributes(arg)
 
@@ -380,7 +394,8 @@ class Reading:
     def operands(self, node: fx.Node) -> Terms | None:
         """Return the two operands of an addition or subtraction of values of the stream, with their factors."""
         sign = SUMS.get(name_of(node)) if node.op in ("call_function", "call_method") else None
-        args = [*node.args, node.kwargs.get("other", node.kwargs.get("value"))][:2]
+        first = [node.kwargs["input"]] if "input" in node.kwargs else []
+        args = [*first, *node.args, node.kwargs.get("other", node.kwargs.get("value"))][:2]
         nodes = [arg for arg in args if isinstance(arg, fx.Node) and arg in self.active]
         alpha = node.kwargs.get("alpha", 1) or 1
         if sign is None or len(nodes) < 2 or not isinstance(alpha, (int, float)):

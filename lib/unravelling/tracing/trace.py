@@ -255,7 +255,7 @@ def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) ->
     constants = {n.target: getattr(model, n.target) for n in graph.nodes if n.op == "get_attr" and "." not in n.target}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = {n: name for n, name in zip(placeholders, signature.parameters, strict=True) if name in given}
-    output = logits_of(next(node for node in graph.nodes if node.op == "output").args[0])
+    output = logits_of(_fields(next(node for node in graph.nodes if node.op == "output").args[0]))
     if not isinstance(output, fx.Node):
         raise TypeError("the output is no tensor")
 
@@ -266,6 +266,13 @@ def trace_symbolically(model: nn.Module, x: Any, leaves: Iterable[nn.Module]) ->
         with torch.no_grad():
             _Shapes(model, graph=graph).run(*map(_copied, bound.arguments.values()))
     return _out_of_place(Traced(graph, lookup, inputs, output, "torch.fx"))
+
+
+def _fields(output: Any) -> Any:
+    """Return what a dataclass or a named tuple, which torch.fx takes for a call, is made of."""
+    kind = output.target if isinstance(output, fx.Node) and output.op == "call_function" else None
+    names = getattr(kind, "_fields", None) or list(getattr(kind, "__dataclass_fields__", ()))
+    return dict(zip(names, output.args, strict=False)) | output.kwargs if names else output
 
 
 class _Shapes(fx.Interpreter):
@@ -407,6 +414,16 @@ def _out_of_place(traced: Traced) -> Traced:
     return traced
 
 
+FUSED = {
+    "add": ("input", "other"),
+    "addcmul": ("input", "tensor1", "tensor2"), "addcdiv": ("input", "tensor1", "tensor2"),
+    "lerp": ("input", "end", "weight"), "rsub": ("input", "other"),
+    "addmm": ("input", "mat1", "mat2"), "baddbmm": ("input", "batch1", "batch2"),
+    "index_add": ("input", "dim", "index", "source"), "scatter_add": ("input", "dim", "index", "src"),
+}
+"""Operations with an addition in them, and the names of their arguments."""
+
+
 def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
     """Write additions that are part of an operation on two values of the stream as ones of their own; tell if any is.
 
@@ -422,12 +439,14 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
             return new
 
         name, args, options = name_of(node), list(node.args), dict(node.kwargs)
-        if name == "lerp" and "weight" in options:
-            args.append(options.pop("weight"))
+        for own in FUSED.get(name, ())[len(args) :]:  # arguments by name, in the order of their places
+            if own not in options:
+                break
+            args.append(options.pop(own))
         active = [isinstance(arg, fx.Node) and arg in stream for arg in args]
         fused = len(args) == 3 and active[0] and any(active[1:])
         stack = next((a for a in args[:1] if name in ("sum", "mean") and name_of(a) == "stack"), None)
-        if name == "add" and args[0] == 0 and isinstance(args[1], fx.Node):
+        if name == "add" and len(args) > 1 and args[0] == 0 and isinstance(args[1], fx.Node):
             new = args[1]
         elif stack is not None:
             over = [*args[1:], *options.values()]
@@ -440,11 +459,18 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
         elif fused and name == "lerp":
             rest = call(operator.sub, 1, args[2])
             new = call(torch.add, call(torch.mul, args[0], rest), call(torch.mul, args[1], args[2]))
-        elif fused and name == "addcmul":
-            product = call(torch.mul, args[1], args[2])
+        elif fused and name in ("addcmul", "addcdiv") and not options.keys() - {"value"}:
+            product = call(torch.mul if name == "addcmul" else torch.div, args[1], args[2])
             new = call(torch.add, args[0], call(torch.mul, product, options["value"]) if options else product)
-        elif fused and name in ("addmm", "baddbmm") and not options:
-            new = call(torch.add, args[0], call(torch.matmul, args[1], args[2]))
+        elif fused and name in ("addmm", "baddbmm") and not options.keys() - {"alpha", "beta"}:
+            state = call(torch.mul, args[0], options["beta"]) if options.get("beta", 1) != 1 else args[0]
+            product = call(torch.matmul, args[1], args[2])
+            product = call(torch.mul, product, options["alpha"]) if options.get("alpha", 1) != 1 else product
+            new = call(torch.add, state, product)
+        elif name == "rsub" and len(args) == 2 and all(active) and not options:
+            new = call(torch.sub, args[1], args[0])
+        elif name in ("index_add", "scatter_add") and len(args) == 4 and active[0] and active[3] and not options:
+            new = call(torch.add, args[0], call(getattr(torch, name), call(torch.zeros_like, args[0]), *args[1:]))
         else:
             continue
         found = True
