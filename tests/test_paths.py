@@ -182,7 +182,7 @@ def test_a_54_unit_network_in_float64():
 class Counted(torch.autograd.Function):
     """The identity, counting its backward passes."""
 
-    passes = 0
+    passes = images = 0
 
     @staticmethod
     def forward(ctx, y):
@@ -191,6 +191,7 @@ class Counted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         Counted.passes += 1
+        Counted.images += len(g)
         return g
 
 
@@ -203,12 +204,41 @@ class CountedBranch(nn.Module):
         return self.linear(Counted.apply(y))
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 20])
-def test_lengths_take_half_of_n_squared_branch_products(n):
+CASES = [(1, 0, 1), (2, 0, 3), (20, 0, 210), (7, 3 * 48, 12), (20, 2**18, 20)]
+
+
+@pytest.mark.parametrize(("n", "memory", "passes"), CASES)
+def test_lengths_take_half_of_n_squared_branch_products_of_which_some_go_together(monkeypatch, n, memory, passes):
+    monkeypatch.setattr("unravelling.paths.STACKED", memory)
     chain = Chain(nn.Linear(3, 3), [Unit(CountedBranch()) for _ in range(n)], nn.Linear(3, 3)).eval()
-    Counted.passes = 0
+    Counted.passes = Counted.images = 0
     gradient_by_length(chain, torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
-    assert Counted.passes == n * (n + 1) // 2
+    assert Counted.passes == passes
+    filled = 2 + 1 + 2 if memory == 3 * 48 else 0  # of 4, 5 and 7 gradients, three at a time
+    assert Counted.images == 4 * (n * (n + 1) // 2 + filled)
+
+
+@given(cases(), st.integers(0, 6))
+def test_gradients_that_go_through_a_branch_together_are_those_that_go_alone(case, copies):
+    _, chain, gone, x, y = case
+    chain = chain.without(*gone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unravelling.paths.STACKED", 0)
+        alone, signed = gradient_by_length(chain, x, y), path_norms(chain, x, y, 2)
+        patch.setattr("unravelling.paths.STACKED", copies * chain.stem(x).nbytes)
+        together = gradient_by_length(chain, x, y)
+        assert (together - alone).abs().max() <= 1e-12 * alone.abs().max()
+        pd.testing.assert_frame_equal(path_norms(chain, x, y, 2), signed, rtol=1e-9)
+
+
+def test_gradients_of_images_that_mix_go_through_a_branch_alone():
+    parts = [nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Tanh()]
+    chain = Chain(nn.Identity(), [Unit(nn.Sequential(*copy.deepcopy(parts))) for _ in range(4)], nn.Linear(3, 3))
+    x, y = images(5, size=3, dtype=torch.float64)[0][:, 0, 0], torch.tensor([0, 1, 2, 0, 1])
+    chain = chain.double().eval()
+    paths = path_gradients(chain, x, y)
+    for k, g in enumerate(gradient_by_length(chain, x, y)):
+        assert close(g, sum(path for bits, path in paths.items() if sum(bits) == k))
 
 
 def test_a_batch_may_be_given_in_one_piece():

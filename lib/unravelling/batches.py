@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Dataset, Split
 
@@ -53,6 +54,14 @@ def move(x: Any, module: nn.Module) -> Any:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
     x = x.to(dtype) if x.is_floating_point() else x  # first, since a device may lack the old type
     return x.to(device_of(module))
+
+
+def can_stack(chain: nn.Module, images: int, y: Any) -> bool:
+    """Return whether several states like ``y`` can make up one batch: images come first in them and do not mix."""
+    if not isinstance(y, Tensor) or y.dim() not in (2, 4) or len(y) != images:  # sequences may come first instead
+        return False
+    mixing = any(isinstance(part, _BatchNorm) and part.running_mean is None for part in chain.modules())
+    return not mixing and not any(hasattr(part, "context") for part in chain.modules())  # which the stem left
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import NOTHING, Batches, device_of, eval_mode, iterate, named_failure, scores
+from .batches import NOTHING, Batches, can_stack, device_of, eval_mode, iterate, named_failure, scores
 from .chain import Chain, Change, Unit, check_chain, check_number, listed
 from .data import Split
 from .stats import paired_bootstrap, wilson
@@ -53,14 +53,6 @@ def _parts(chain: Chain, variants: Variants) -> tuple[list[Unit], list[list[int]
     return parts, [[numbers[entry] for entry in row] for row in rows]
 
 
-def _can_stack(chain: Chain, images: int, y: Any) -> bool:
-    """Return whether states of several variants can make up one batch: images come first in them and do not mix."""
-    if not isinstance(y, Tensor) or y.dim() not in (2, 4) or len(y) != images:  # sequences may come first instead
-        return False
-    mixing = any(isinstance(part, _BatchNorm) and part.running_mean is None for part in chain.modules())
-    return not mixing and not any(hasattr(part, "context") for part in chain.modules())  # which the stem left
-
-
 def _run(
     chain: Chain, x: Any, images: int, variants: Sequence[Sequence[int]], parts: Sequence[Unit], max_memory: int
 ) -> Iterator[tuple[int, Tensor]]:
@@ -72,7 +64,7 @@ def _run(
     """
     with named_failure(x):
         layer, depth = [(chain.stem(x), list(range(len(variants))))], 0  # states, and the variants that begin with each
-        stacked, longest = _can_stack(chain, images, layer[0][0]), max(map(len, variants))
+        stacked, longest = can_stack(chain, images, layer[0][0]), max(map(len, variants))
         waiting: list[tuple[int, list[tuple[int, Any, list[int]]]]] = []  # depth, and steps: unit, state, variants
         while layer or waiting:
             steps: list[tuple[int, Any, list[int]]] = []
