@@ -107,7 +107,7 @@ def test_labels_are_about_all_networks_of_a_recipe(project):
 
 def test_pending_names_what_is_missing_where_and_the_command(project):
     tables = both("delete_random", "resnet110", "plain20")
-    text = "Not measured yet on CIFAR-10: plain-20; `make paper` does that."
+    text = "Not measured yet on CIFAR-10, recipe brief: plain-20; `make paper` does that."
     assert pending(tables, "resnet110", "plain20") == text
     assert pending(tables, "resnet110") == pending({}, "resnet110") == ""
     assert pending(both("reorder"), "plain20", "vgg15").count("plain-20, VGG-15") == 2
@@ -116,7 +116,9 @@ def test_pending_names_what_is_missing_where_and_the_command(project):
 def test_paragraphs_open_with_what_they_are_about_and_say_once_that_there_is_one_seed(project):
     tables = both("delete_random", "resnet110")
     text = paragraphs(tables, lambda rows: f"{len(rows)} rows.", "resnet110", "vgg15")
-    missing = ["Not measured yet on the digits: VGG-15", "Not measured yet on CIFAR-10: VGG-15"]
+    missing = [
+        "Not measured yet on the digits, recipe digits: VGG-15", "Not measured yet on CIFAR-10, recipe brief: VGG-15",
+    ]
     assert text.split("\n\n") == [
         "**digits, recipe digits, 3 seeds** (10.0 % intact, 1,000 images): 3 rows.",
         "**CIFAR-10 (JPEG-75 copy), recipe brief, seed 0** (10.0 % intact, 1,000 images): 1 rows. "

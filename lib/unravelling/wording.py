@@ -60,7 +60,8 @@ def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
     sentences = []
     for dataset, table in tables.items():
         if gaps := ", ".join(network_label(name) for name in networks if name not in set(table["network"])):
-            sentences.append(f"Not measured yet on {IMAGES.get(dataset, f'the {dataset}')}: {gaps}; {PAPER} does that.")
+            where = f"{IMAGES.get(dataset, f'the {dataset}')}, recipe {DEFAULT_RECIPES[dataset]}"
+            sentences.append(f"Not measured yet on {where}: {gaps}; {PAPER} does that.")
     return " ".join(sentences)
 
 
