@@ -11,7 +11,7 @@ import inspect
 import logging
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any, cast
@@ -64,30 +64,21 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Attributes and the lists and dicts among them, buffers to the last byte, modes, and the state of the random number
     generators come back.
     """
-    before = []
-    for m in model.modules():
-        own = dict(vars(m))
-        before.append((vars(m), own, [(v, copy.copy(v)) for v in own.values() if isinstance(v, (dict, list))]))
-    buffers = copies_of_buffers(model)
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    cached = [c for c in configs.values() if getattr(c, "use_cache", False)]  # of keys and values: no part of a pass
+    parts = [part for m in model.modules() for part in (vars(m), *vars(m).values()) if isinstance(part, (dict, list))]
+    before, buffers = [copy.copy(part) for part in parts], copies_of_buffers(model)
+    configs = [getattr(m, "config", None) for m in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.is_cuda} - {None}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with torch.random.fork_rng(devices=sorted(devices)), ExitStack() as stack:
+        for config in configs:
+            if getattr(config, "use_cache", False):  # of keys and values: no part of a pass
+                stack.enter_context(patch.object(config, "use_cache", False))
         try:
             model.eval()
-            for config in cached:
-                config.use_cache = False
             yield
         finally:
-            for config in cached:
-                config.use_cache = True
-            for now, attributes, containers in before:
-                for name in [name for name in now if name not in attributes]:
-                    del now[name]
-                now.update(attributes)
-                for container, entries in containers:
-                    container.clear()
-                    (container.update if isinstance(container, dict) else container.extend)(entries)
+            for part, entries in zip(parts, before, strict=True):
+                part.clear()
+                (part.update if isinstance(part, dict) else part.extend)(entries)
             with torch.no_grad():
                 for buffer, old in buffers.values():
                     if not torch.equal(buffer, old):
