@@ -31,7 +31,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any, cast
 
 import pandas as pd
@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import move
-from .chain import Chain, Unit
+from .chain import Chain, Change, Unit
 from .tracing.parts import Maker, Origin, make_parts, number
 from .tracing.reading import NotABlock, read
 from .tracing.trace import (
@@ -58,16 +58,12 @@ Function = Callable[[Any, Tensor], Tensor]
 """What a part of a block computes from the block and the state."""
 
 
-class Call(nn.Module):
+class Call(Change):
     """A part of a block that is a function: computes ``function(block, y)``, and holds the block's parameters."""
 
     def __init__(self, block: nn.Module, function: Function) -> None:
-        super().__init__()
-        self.block, self.function = block, function
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Map a state to what the function makes of it."""
-        return self.function(self.block, y)
+        super().__init__(partial(function, block))
+        self.block = block
 
 
 class Unravelled(Chain):
