@@ -349,3 +349,9 @@ def test_build_knows_the_datasets():
     options = build("vgg15", "cifar10", width=2, in_channels=1).config
     assert (options["image_size"], options["width"], options["in_channels"]) == (32, 2, 1)
     assert build("resnet8", "cifar10").config == {"name": "resnet8", "in_channels": 3, "classes": 10, "width": 16}
+
+
+def test_options_win_over_what_a_name_leaves_open():
+    assert build("resnet8", batch_norm=False).config["name"] == "resnet8-nobn"
+    assert build("vgg15", "digits", batch_norm=False, width=2).config["name"] == "vgg15-nobn"
+    assert build("resnet8", shortcut="projection", preactivation=False).config["name"] == "resnet8-post-projection"

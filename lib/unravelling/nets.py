@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -216,10 +216,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         channels, size = SHAPES[dataset]
         vgg_only = {"image_size": size, "width": 64 if dataset == "digits" else 128} if family == "vgg" else {}
         options = {"in_channels": channels} | vgg_only | options
-    if family == "plain":
-        return plain(depth, preactivation="post" not in suffixes, seed=seed, **options)
-    options["batch_norm"] = "nobn" not in suffixes
-    if family == "vgg":
-        return vgg(depth, seed=seed, **options)
-    shortcut = "projection" if "projection" in suffixes else "pad"
-    return resnet(depth, preactivation="post" not in suffixes, shortcut=shortcut, seed=seed, **options)
+    kinds = {"post": ("preactivation", False), "projection": ("shortcut", "projection"), "nobn": ("batch_norm", False)}
+    options |= dict(kinds[suffix] for suffix in suffixes)
+    make: dict[str, Callable[..., Chain]] = {"resnet": resnet, "plain": plain, "vgg": vgg}
+    return make[family](depth, seed=seed, **options)
