@@ -125,7 +125,7 @@ def read(
     _share_out(reading, stretches)
     for stretch in stretches:
         stretch.output = reading.output(stretch.post)
-        stretch.name = stretch.name or _name(reading, stretch, stretches)
+        stretch.name = _name(reading, stretch, stretches)
         stretch.zeros = _zeros(reading, stretch)
     serious, notes = _account(reading, stretches)
     warnings += notes[:1] if serious and by_hand is None else []
@@ -212,7 +212,10 @@ class Reading:
             raise Unsupported(f"the logits do not depend on the input {traced.inputs.get(source, source.name)!r}")
         if split_sums(traced, self.active):
             self._survey()
-        self.cuts = self._cuts()
+        self.cuts = [traced.output]
+        while self.cuts[-1] is not source:
+            self.cuts.append(self.dominator[self.cuts[-1]])
+        self.cuts.reverse()
         self.place = {node: i for i, node in enumerate(self.cuts)}
         self.sums = self._sums()
         # additions in the reading of a longer stream
@@ -301,10 +304,8 @@ class Reading:
         reached = {self.source}
         for node in nodes:
             name = name_of(node)
-            shape = _is_shape(node)
-            ends = shape or name in NO_DATA or "assert" in name or "guard" in name
-            if name == "to" and torch.bool in (*node.args, *node.kwargs.values()):
-                ends = True
+            to_bool = name == "to" and torch.bool in (*node.args, *node.kwargs.values())
+            ends = _is_shape(node) or to_bool or name in NO_DATA or "assert" in name or "guard" in name
             if not ends and any(arg in reached for arg in _data(node)):
                 reached.add(node)
         live = {self.traced.output}
@@ -312,12 +313,6 @@ class Reading:
             if node in live:
                 live.update(arg for arg in _data(node) if arg in reached)
         return reached & live
-
-    def _cuts(self) -> list[fx.Node]:
-        cuts = [self.traced.output]
-        while cuts[-1] is not self.source:
-            cuts.append(self.dominator[cuts[-1]])
-        return cuts[::-1]
 
     def cuts_after(self, start: fx.Node, end: fx.Node | None) -> list[fx.Node]:
         """Return the cuts from one, exclusive, to another, inclusive; to the last one if that is None."""
@@ -443,7 +438,7 @@ def _blocks(reading: Reading, blocks: Collection[str]) -> list[Stretch]:
             region = reading.region(key, at_cuts=True)
             if region is None or not _takes_the_state_alone(reading, key):
                 raise NotABlock(name)
-            found.append(Stretch(*region, key, block=name, name=name))
+            found.append(Stretch(*region, key, block=name))
     return found
 
 
