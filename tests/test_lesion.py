@@ -31,6 +31,7 @@ from unravelling import (
     taylor_importance,
     vgg,
 )
+from unravelling.chain import Change
 from unravelling.lesion import KINDS, evaluate_variants, score, variant_logits
 from unravelling.stats import paired_bootstrap, wilson
 
@@ -234,6 +235,17 @@ def test_variants_that_would_mix_are_computed_one_at_a_time(chain, shape):
     with torch.no_grad():
         for found, gone in zip(logits, [(), (0,), (1,), (2,), (3,)], strict=True):
             assert found.tobytes() == chain.without(*gone)(x).numpy().tobytes()
+
+
+def test_a_unit_of_ones_own_that_mixes_images_does_not_mix_variants():
+    chain, (x, y) = small("pre"), BATCHES[0]
+    own = chain.units[3].then(Change(lambda f: f.flip(0)))
+    variants = [(0, 1, 2, own, 4, 5), (~0, 1, 2, own, 4, 5)]
+    logits, _ = variant_logits(chain, (x, y), variants)
+    whole = chain.with_units([*chain.units[:3], own, *chain.units[4:]])
+    for found, gone in zip(logits, [(), (0,)], strict=True):
+        with torch.no_grad():
+            assert found.tobytes() == whole.without(*gone)(x).numpy().tobytes()
 
 
 def test_variants_may_differ_in_length_and_repeat_units():

@@ -15,7 +15,7 @@ import unravelling
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from unravelling import Chain, Unit, delete_each, delete_random, gradient_by_length, reorder, unravel
+from unravelling import Chain, Unit, delete_each, delete_random, evaluate, gradient_by_length, reorder, unravel
 from unravelling.batches import inputs_and_labels
 from unravelling.chain import NoSkip
 from unravelling.from_model import Call
@@ -419,7 +419,11 @@ def test_segmentation():
     chain = Chain(Identity(), [Unit(Identity())], Identity())
     labels = torch.randint(3, (2, 4, 4), generator=torch.Generator().manual_seed(0))
     _, loss = evaluate_variants(chain, [(torch.from_numpy(logits), labels)], [(~0,)])
-    assert loss.mean() == pytest.approx(F.cross_entropy(torch.from_numpy(logits), labels).item(), rel=1e-6)
+    expected = F.cross_entropy(torch.from_numpy(logits), labels).item()
+    assert loss.mean() == pytest.approx(expected, rel=1e-6)
+    missed = int((logits.argmax(1) != labels.numpy()).sum())
+    whole = evaluate(chain.without(0), [(torch.from_numpy(logits), labels)])
+    assert whole == {"error": missed / 32, "loss": pytest.approx(expected, rel=1e-6), "wrong": missed, "images": 32}
 
 
 def test_units_that_cannot_be_deleted_are_missing_values():

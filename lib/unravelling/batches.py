@@ -85,6 +85,12 @@ def check_labels(logits: Tensor, labels: Any) -> None:
         raise ValueError(f"there is a label {foreign[0]}: expected 0 to {logits.shape[-1] - 1}, or -100 to ignore it")
 
 
+def class_last(logits: Tensor, labels: Any) -> Tensor:
+    """Return logits ``(…, K)``: the classes of segmentation, ``(B, K, H, W)`` for labels ``(B, H, W)``, are moved."""
+    moved = isinstance(labels, Tensor) and labels.dim() > 2 and logits.shape[:-1] != labels.shape
+    return logits.movedim(1, -1) if moved else logits
+
+
 def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is wrong, the cross-entropy (nats) and which labels count, each ``(…)``, of logits ``(…, K)``.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import NOTHING, Batches, can_stack, device_of, eval_mode, iterate, named_failure, scores
+from .batches import NOTHING, Batches, can_stack, class_last, device_of, eval_mode, iterate, named_failure, scores
 from .chain import Chain, Change, Unit, check_chain, check_number, listed
 from .data import Split
 from .stats import paired_bootstrap, wilson
@@ -39,8 +39,10 @@ MAX_MEMORY = 2**26
 KINDS = ("mean", "resample", "noise", "added noise")
 
 
-def _parts(chain: Chain, variants: Variants) -> tuple[list[Unit], list[list[int]]]:
-    """Return the different units of the variants, and every variant as their numbers in this list."""
+def _parts(chain: Chain, variants: Variants) -> tuple[list[Unit], list[list[int]], bool]:
+    """Return the different units of the variants, every variant as their numbers in this list, and whether several
+    variants have a unit of the caller's own: that may mix images, for all one knows.
+    """
     check_chain(chain)
     parts, numbers, several = [], {}, listed(variants=variants)
     try:
@@ -54,7 +56,8 @@ def _parts(chain: Chain, variants: Variants) -> tuple[list[Unit], list[list[int]
                 parts.append(chain.units[i].deleted() if entry < 0 else chain.units[i])
     except (TypeError, RuntimeError) as error:
         raise TypeError(f"variants must hold sequences of units, such as range(len(chain)): {error}") from error
-    return parts, [[numbers[entry] for entry in row] for row in rows]
+    own = [entry for row in rows for entry in set(row) if isinstance(entry, Unit)]
+    return parts, [[numbers[entry] for entry in row] for row in rows], len(own) > len(set(own))
 
 
 def _run(
@@ -103,8 +106,8 @@ def _results(
     max_memory: int = MAX_MEMORY, dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
-    parts, numbered = _parts(chain, variants)
-    max_memory = check_number(max_memory=max_memory)
+    parts, numbered, shared = _parts(chain, variants)
+    max_memory = 0 if check_number(max_memory=max_memory) and shared else max_memory
     if not any(dtype is kind for kind in (None, torch.bfloat16, torch.float16)):
         raise TypeError(f"dtype is {dtype!r}: expected torch.bfloat16 or torch.float16, or None for the chain's own")
     for x, y in iterate(chain, data):
@@ -175,10 +178,8 @@ def _share(counts: np.ndarray) -> float:
 
 def _score_batch(out: Tensor, y: Any, loss: Loss | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for each image of a batch, how many labels are missed, its loss, and how many labels it has."""
-    logits = out.cpu().double()  # in this order, since a device may lack the type
     labels = y.cpu() if isinstance(y, Tensor) and not y.is_floating_point() else None
-    if labels is not None and labels.dim() > 2 and logits.shape[:-1] != labels.shape:
-        logits = logits.movedim(1, -1)  # segmentation: (B, K, H, W) for labels (B, H, W)
+    logits = class_last(out.cpu().double(), labels)  # in this order, since a device may lack the type
     if labels is not None and (loss is None or logits.shape[:-1] == labels.shape):
         wrong, values, kept = (part.reshape(len(labels), -1).sum(1) for part in scores(logits, labels))
     elif loss is None:

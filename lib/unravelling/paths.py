@@ -29,7 +29,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import IGNORED, NOTHING, can_stack, check_labels, device_of, inputs_and_labels, named_failure
+from .batches import IGNORED, NOTHING, can_stack, check_labels, class_last, device_of, inputs_and_labels, named_failure
 from .chain import Chain, Unit, check_chain, check_number, listed
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -50,7 +50,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         raise TypeError(f"logits is a {type(logits).__name__}: expected a tensor (B, K), or a loss of your own")
     if isinstance(y, Tensor) and y.is_floating_point() and y.shape == logits.shape and y.dim() != 3:  # probabilities
         return F.cross_entropy(logits, y)
-    logits = logits.movedim(1, -1) if logits.dim() > 3 else logits  # segmentation: (B, K, H, W) for labels (B, H, W)
+    logits = class_last(logits, y)
     check_labels(logits, y)
     if (y == IGNORED).all():
         raise ValueError(NOTHING)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from .batches import NOTHING, Batches, device_of, eval_mode, iterate, move, named_failure, scores
+from .batches import NOTHING, Batches, class_last, device_of, eval_mode, iterate, move, named_failure, scores
 from .chain import Chain, check_chain, check_number
 from .data import Dataset, Split, check_path, checksum, write_atomically
 
@@ -331,7 +331,7 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
     """Return ``error`` (a fraction), ``loss`` (mean cross-entropy, nats), ``wrong`` and ``images`` in eval mode.
 
     Args:
-        chain: maps inputs to logits ``(B, K)``, or ``(B, T, K)``, where tokens count as images.
+        chain: maps inputs to logits ``(B, K)``, or ``(B, T, K)`` or ``(B, K, H, W)``, where tokens or pixels count.
         data: a split, or `~unravelling.batches.Batches`; labels of -100 are left out.
 
     Raises TypeError or ValueError where there are no batches, or no labels that fit; or logits are NaN or infinite.
@@ -344,7 +344,8 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
             kind = type(logits).__name__
             raise TypeError(f"the network returns a {kind}: expected logits (B, K), or (B, T, K) for tokens")
         labels = y.cpu() if isinstance(y, Tensor) else y
-        missed, losses, kept = scores(logits.cpu().double(), labels)  # on the CPU, since a device may lack float64
+        logits = class_last(logits.cpu().double(), labels)  # on the CPU, since a device may lack float64
+        missed, losses, kept = scores(logits, labels)
         if losses.isnan().any():
             raise ValueError("logits are NaN or infinite: look at weights and inputs, or the training has diverged")
         wrong, loss, images = wrong + int(missed.sum()), loss + float(losses.sum()), images + int(kept.sum())
