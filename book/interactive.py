@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
+from judging import learned
 from unravelling.data import digits
 from unravelling.stored import intact_error, stored
 from unravelling.wording import network_label
@@ -66,21 +67,22 @@ def lesion_bench() -> HTML:
 
     The first mode deletes one unit: mean and range of the error over the trainings, or the 95 % Wilson interval where
     there is one. The second steps through stored draws of several units, each with its error before and after batch
-    norm collected new statistics (Veit et al., 2016, sections 4.1 and 4.2).
+    norm collected new statistics (Veit et al., 2016, sections 4.1 and 4.2). Trainings that failed are left out.
     """
     datasets = []
     for dataset, (label, text) in DATASETS.items():
         singles, draws = _table(f"{dataset}/delete_each"), _table(f"{dataset}/delete_reestimated")
+        tried = singles.groupby("network")["seed"].nunique()
         networks = [
             {
                 "name": name.removesuffix("-narrow"),
-                "label": network_label(name),
+                "label": _bench_label(name, rows["seed"].nunique(), tried[name]),
                 "seeds": int(rows["seed"].nunique()),
                 "intact": _thousandths(intact_error(rows)),
                 "units": _units(rows),
                 "draws": _draws(draws[draws["network"] == name]),
             }
-            for name, rows in singles.groupby("network")
+            for name, rows in (learned(singles) if len(singles) else singles).groupby("network")
         ]
         # ResNet-110 first: it is the network that the book is about
         networks.sort(key=lambda network: (network["name"] != "resnet110", network["label"]))
@@ -90,7 +92,7 @@ def lesion_bench() -> HTML:
         "lesion_bench",
         {"datasets": datasets, "codes": CODES, "chance": 0.9},
         "Lesion bench",
-        "Point at a unit, tap it or use the arrow keys: what does the network lose without it?",
+        "Delete one unit (point, tap or use the arrow keys), or draw several and give the network new statistics.",
     )
 
 
@@ -143,12 +145,13 @@ def reordering() -> HTML:
     """Return a strip of blocks to move within their stages, beside the errors of the stored orders.
 
     An order is shown with Kendall's τ, overall and within stages (Veit et al., 2016, section 4.3). The stored orders
-    that lie nearest to it are found by τ, for the table does not say which units moved.
+    that lie nearest to it are found by τ, for the table does not say which units moved. The narrow VGG is left out: its
+    stages leave almost nothing to move.
     """
     networks = []
     for dataset, (_, text) in DATASETS.items():
         units, orders = _table(f"{dataset}/delete_each"), _table(f"{dataset}/reorder")
-        for name, rows in orders.groupby("network"):
+        for name, rows in orders[~orders["network"].astype(str).str.endswith("-narrow")].groupby("network"):
             kinds = units[units["network"] == name].drop_duplicates("unit").sort_values("unit")
             pairs = rows[["tau", "error"]].to_numpy()
             networks.append(
@@ -235,6 +238,11 @@ def _table(name: str) -> pd.DataFrame:
         return stored(name)
     except FileNotFoundError:
         return pd.DataFrame(columns=["network", "seed"])
+
+
+def _bench_label(name: str, runs: int, tried: int) -> str:
+    """Return a network's label, with the number of trainings that learned the task where some did not."""
+    return network_label(name) + (f" ({runs} of {tried} trainings)" if runs < tried else "")
 
 
 def _thousandths(error: float) -> int:

@@ -77,7 +77,7 @@ mount("lesion_bench", (root, status, data) => {
       ? `error ${percent(share(healed))} with new batch-norm statistics, after ${percent(share(error))} with the old ones`
       : `error ${percent(share(error))} with the batch-norm statistics of the intact network`;
     return `${where}, seed ${seed}, draw ${state.draw + 1} of ${draws().length}: without ` +
-      `${k === 1 ? "unit" : "units"} ${listed(deleted())}, ${outcome}. Intact: ${percent(share(intact))}.`;
+      `${k === 1 ? "unit" : "units"} ${listed(deleted())}, ${outcome}. Intact, on the images of the draws: ${percent(share(intact))}.`;
   }
 
   function paint(x, wide, width, tall) {

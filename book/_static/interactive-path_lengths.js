@@ -75,7 +75,7 @@ mount("path_lengths", (root, status, data) => {
       `and ${percent(inside(both))} of the product.`;
     if (set) {
       const [epoch, exact] = set.stops[state.stop];
-      text += ` Exact, on ${set.text} after ${plural(epoch, "epoch")} (${set.seeds === 1 ? "one seed" : `mean of ${set.seeds} seeds`}): ` +
+      text += ` Exact, on validation images of ${set.text} after ${plural(epoch, "epoch")} (${set.seeds === 1 ? "one seed" : `mean of ${set.seeds} seeds`}): ` +
         `${percent(inside(exact))} of the gradient, mean length ${mean(exact).toFixed(1)}.`;
     }
     status.textContent = text;

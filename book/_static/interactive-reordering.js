@@ -77,10 +77,11 @@ mount("reordering", (root, status, data) => {
     return `place ${state.chosen}, unit ${state.order[state.chosen]}${free(state.chosen) ? "" : ", a transition"}`;
   }
 
+  const moved = () => state.order.filter((unit, place) => unit !== place).length;
+
   function sentence() {
-    const moved = state.order.filter((unit, place) => unit !== place).length;
-    const here = `${network().label}: ${words()}. ${plural(moved, "unit")} moved, τ = ${signed(overall())}, within stages ${signed(within())}.`;
-    if (!moved) return `${here} Intact error: ${percent(network().intact / 1000)}.`;
+    const here = `${network().label}: ${words()}. ${plural(moved(), "unit")} moved, τ = ${signed(overall())}, within stages ${signed(within())}.`;
+    if (!moved()) return `${here} Intact error: ${percent(network().intact / 1000)}.`;
     const near = nearest(), errors = near.map(([, error]) => error / 1000);
     return `${here} Of the stored orders the nearest in τ (${signed(near[0][0])}) has error ${percent(errors[0])}; the ten nearest have ` +
       `${percent(Math.min(...errors))} to ${percent(Math.max(...errors))}. Which of its units moved is not stored.`;
@@ -96,7 +97,7 @@ mount("reordering", (root, status, data) => {
   }
 
   function paintOrders(width, tall) {
-    const least = Math.min(...network().orders.map(([t]) => t)), near = new Set(nearest().slice(0, 1));
+    const least = Math.min(...network().orders.map(([t]) => t)), near = new Set(moved() ? nearest().slice(0, 1) : []);
     const x = (t) => 40 + ((width - 52) * (1 - t)) / (1 - least), y = (part) => 8 + (tall - 32) * (1 - part);
     const mine = Math.min(Math.max(x(overall()), 40), width - 4);
     return [...percentAxis(y, width),
