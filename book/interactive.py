@@ -17,7 +17,7 @@ import pandas as pd
 from IPython.display import HTML
 from judging import learned
 from unravelling.data import digits
-from unravelling.stored import intact_error, stored
+from unravelling.stored import both, intact_error
 from unravelling.wording import network_label
 
 STATIC = Path(__file__).resolve().parent / "_static"
@@ -69,10 +69,9 @@ def lesion_bench() -> HTML:
     there is one. The second steps through stored draws of several units, each with its error before and after batch
     norm collected new statistics (Veit et al., 2016, sections 4.1 and 4.2). Trainings that failed are left out.
     """
-    datasets = []
+    datasets, singles, draws = [], both("delete_each"), both("delete_reestimated")
     for dataset, (label, text) in DATASETS.items():
-        singles, draws = _table(f"{dataset}/delete_each"), _table(f"{dataset}/delete_reestimated")
-        tried = singles.groupby("network")["seed"].nunique()
+        tried = singles[dataset].groupby("network")["seed"].nunique()
         networks = [
             {
                 "name": name.removesuffix("-narrow"),
@@ -80,9 +79,9 @@ def lesion_bench() -> HTML:
                 "seeds": int(rows["seed"].nunique()),
                 "intact": _thousandths(intact_error(rows)),
                 "units": _units(rows),
-                "draws": _draws(draws[draws["network"] == name]),
+                "draws": _draws(draws[dataset].query("network == @name")),
             }
-            for name, rows in (learned(singles) if len(singles) else singles).groupby("network")
+            for name, rows in (learned(singles[dataset]) if len(tried) else singles[dataset]).groupby("network")
         ]
         # ResNet-110 first: it is the network that the book is about
         networks.sort(key=lambda network: (network["name"] != "resnet110", network["label"]))
@@ -126,8 +125,7 @@ def path_lengths() -> HTML:
     """
     exact = []
     for dataset, (label, text) in DATASETS.items():
-        rows = _table(f"{dataset}/spectrum_training")
-        rows = rows[rows["network"] == "resnet110"]
+        rows = both("spectrum_training")[dataset].query("network == 'resnet110'")
         if len(rows):
             mean = rows.groupby(["epoch", "length"])["share"].mean().unstack()
             stops = [[int(epoch), [float(f"{share:.4g}") for share in shares]] for epoch, shares in mean.iterrows()]
@@ -150,9 +148,9 @@ def reordering() -> HTML:
     """
     networks = []
     for dataset, (_, text) in DATASETS.items():
-        units, orders = _table(f"{dataset}/delete_each"), _table(f"{dataset}/reorder")
+        orders = both("reorder")[dataset]
         for name, rows in orders[~orders["network"].astype(str).str.endswith("-narrow")].groupby("network"):
-            kinds = units[units["network"] == name].drop_duplicates("unit").sort_values("unit")
+            kinds = both("delete_each")[dataset].query("network == @name").drop_duplicates("unit").sort_values("unit")
             pairs = rows[["tau", "error"]].to_numpy()
             networks.append(
                 {
@@ -186,12 +184,11 @@ def damage_map(seed: int = 0, reestimated: tuple[Sequence[int], np.ndarray] | No
         ValueError: there are no rows of this seed, their labels are not those of the test digits, or the re-estimated
             damage has another shape.
     """
-    rows = _table("digits/damage")
-    rows = rows[(rows["network"] == "resnet110") & (rows["seed"] == seed)]
+    rows = both("damage")["digits"].query("network == 'resnet110' and seed == @seed")
     if rows.empty:
         raise ValueError(f"no damage of a ResNet-110 of seed {seed} is stored: choose one of digits/damage.csv")
     data, step = digits(), 1 / 500
-    test = data.test
+    test, pixels = data.test, data.test.images.numpy().astype(float)
     if rows["label"].tolist() != test.labels.tolist():
         raise ValueError("digits/damage is not about the test digits, or not in their order: measure it again")
     losses = rows.filter(regex=r"^unit\d+$").dropna(axis=1).to_numpy()  # what each deletion adds
@@ -206,7 +203,7 @@ def damage_map(seed: int = 0, reestimated: tuple[Sequence[int], np.ndarray] | No
         "classes": list(data.classes),
         "side": test.images.shape[-1],
         "margins": _packed(margins, step),
-        "pixels": base64.b64encode(np.rint(255 * _unit_range(test.images.numpy())).astype("u1").tobytes()).decode(),
+        "pixels": base64.b64encode(np.rint(255 * pixels / pixels.max()).astype("u1").tobytes()).decode(),
     }
     if reestimated is not None:
         units, damage = list(map(int, reestimated[0])), np.asarray(reestimated[1])
@@ -224,20 +221,6 @@ def damage_map(seed: int = 0, reestimated: tuple[Sequence[int], np.ndarray] | No
 def _packed(values: np.ndarray, step: float) -> str:
     """Return numbers as multiples of a step, two bytes each, in base 64: a third of what they take as text."""
     return base64.b64encode(np.rint(values / step).astype("<i2").tobytes()).decode()
-
-
-def _unit_range(images: np.ndarray) -> np.ndarray:
-    """Return images scaled to run from 0 to 1, whatever they are stored as."""
-    images = images.astype(float)
-    return (images - images.min()) / (images.max() - images.min())
-
-
-def _table(name: str) -> pd.DataFrame:
-    """Return a stored table, or one without rows where nothing is stored yet."""
-    try:
-        return stored(name)
-    except FileNotFoundError:
-        return pd.DataFrame(columns=["network", "seed"])
 
 
 def _bench_label(name: str, runs: int, tried: int) -> str:
