@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from unravelling import gradient_by_length, sample_path_gradients, unravel, weight_spectrum
 from unravelling.tracing.trace import Unsupported
-from unravelling.verify import refuse_unequal
+from unravelling.verify import _kinks_aside, compared_gradients, gradients, refuse_unequal
 
 
 def linear():
@@ -482,6 +482,64 @@ def test_a_weight_that_is_expanded_over_the_batch_names_its_unit():
             return x
 
     assert [unit.name for unit in quiet(seeded(Bare)).units] == ["weights.0", "weights.1", "weights.2"]
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_branch_in_which_the_state_itself_is_added_is_not_compared_by_zeros_of_the_state(sign):
+    model = net(lambda s, x: x + s.g * (s.a(x) + x if sign > 0 else s.a(x) - x))
+    with pytest.warns(UserWarning, match="3 of 6 additions"):
+        chain = unravel(model, X)
+    exact(chain, model, units=3, rounding=1e-6)
+    assert chain.verify(X).set_index("check").loc["deletion", "compared"] == 0
+
+
+def test_rounding_across_a_kink_is_told_from_a_gradient_that_is_lost():
+    kink, shifted = nn.ReLU(), wrapped(lambda s, x: torch.relu(x + 1e-30))
+    blind = wrapped(lambda s, x: torch.relu(x).detach() + 0 * x)
+    x = torch.tensor([[0.0, 1.0, -1.0]])
+
+    def gaps(module):
+        pair = gradients(module, kink, x)[1], gradients(kink, kink, x)[1]
+        return [max(gap for *_, gap in compared_gradients(*some))
+                for some in (pair, _kinks_aside(module, kink, x, 1e-4, pair))]
+
+    assert gaps(shifted)[0] > 0.1
+    assert gaps(shifted)[1] == 0
+    assert min(gaps(blind)) > 0.1
+
+
+def test_what_forks_and_meets_again_between_two_units_follows_the_first():
+    class Reduce(nn.Module):
+        """As between the stages of an Inception-ResNet: two ways that a concatenation joins."""
+
+        def __init__(self):
+            super().__init__()
+            self.c, self.d = linear(), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return torch.cat([torch.tanh(self.c(x)), self.d(x)], 1)
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return x + torch.tanh(self.a(x))
+
+    model = seeded(lambda: nn.Sequential(linear(), Block(add), Block(add), Reduce(), Wide(), Wide(), nn.Linear(12, 8)))
+    chain = quiet(model)
+    exact(chain, model, units=4)
+    assert [unit.has_identity_skip for unit in chain.units] == [True] * 4
+    assert {id(p) for p in chain.units[1].post.parameters()} == {id(p) for p in model[3].parameters()}
+
+
+def test_additions_on_one_way_of_a_concatenation_are_refused_by_that_name():
+    halves = lambda s, x: s.o(torch.cat([x[:, :4], x[:, 4:] + s.m(x)[:, 4:]], 1))  # noqa: E731
+    after = lambda s, x: s.o(torch.cat([(h := s.i(x))[:, :4], h[:, 4:] + s.m(h)[:, 4:]], 1))  # noqa: E731
+    for model in (wrapped(halves), wrapped(after)):
+        with pytest.raises(ValueError, match=r"on some of the ways alone that a concatenation joins.*a part alone$"):
+            unravel(model, X)
 
 
 def test_refusals_name_the_cause_and_modules():

@@ -626,10 +626,13 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
         )
     if sums:
         number = f"{len(sums)} addition{'s' * (len(sums) > 1)}"
+        after = (next(cut for cut in reading.cuts if reading.order[cut] >= reading.order[node]) for node in sums)
+        joined = all({*joins} & {cut, *reading.between(node, cut)} for node, cut in zip(sums, after, strict=True))
+        where = "they lie on some of the ways alone that a concatenation joins, or " if joined else ""
         return (
-            f"{name} has {number}, but no chain of residual units: their skips cross or overlap, as where several "
-            f"streams run beside each other, or no operand is a skip (the first in {place(reading, sums[0])}). Say "
-            "which modules are the blocks: units=…, branch=…"
+            f"{name} has {number}, but no chain of residual units: {where}their skips cross or overlap, as where "
+            f"several streams run beside each other, or no operand is a skip (the first in {place(reading, sums[0])}). "
+            "Say which modules are the blocks: units=…, branch=…" + ", or unravel a part alone" * joined
         )
     return (
         f"{name} has no skip: no addition joins a value with what is computed from it. To take a plain network apart, "
@@ -664,7 +667,8 @@ def _share_out(reading: Reading, stretches: list[Stretch]) -> None:
         if after is not None and stretch.branch:
             same = [i for i, node in enumerate([stretch.end, *follow]) if _same_shape(reading, node, state)]
             keep = max(same, default=len(follow))
-            if not reading.weights(follow[keep:], least=1):
+            last = [stretch.end, *follow][keep]
+            if follow and not reading.weights(reading.between(last, follow[-1]), least=1):
                 follow = follow[:keep]
         posts.append([_operation(reading, node) for node in follow])
         stretch.post = state = follow[-1] if follow else stretch.end
@@ -723,6 +727,8 @@ def _zeros(reading: Reading, stretch: Stretch) -> list[tuple[str, int]]:
     skip = {n for node, _ in stretch.skip for n in reading.between(stretch.start, node)}
     while todo:
         node = todo.pop()
+        if reading.order[node] <= reading.order[stretch.start]:
+            return []  # the state itself, as in pool(x) - x, whose zeros would delete more than the branch
         end = reading.output(node, outside=stretch.end) if node not in skip else None
         if end is not None:
             found.append(end)
