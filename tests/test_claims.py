@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "book"))
+sys.path[:0] = [str(ROOT / "book"), str(ROOT / "experiments")]
 import judging  # noqa: E402  (it lies beside the notebook that uses it)
+import matrix  # noqa: E402
+import measurements  # noqa: E402
 from judging import Interval, Reader, jackknife, outcome, over_blocks, over_networks, smooth  # noqa: E402
 
 CLAIMS = list(csv.DictReader((ROOT / "data" / "claims.csv").open(encoding="utf-8")))
@@ -415,9 +417,9 @@ CASES = [
     ("effective_paths", "confirms", shares(ALIKE(8, 2, 0.02))),
     ("effective_paths", "contradicts", shares(ALIKE(8, 2, 0.3))),
     ("effective_paths", "open", shares([(8, 2, part) for part in (0.0, 0.3, 0.0)])),
-    ("weight_updates", "confirms", shares(ALIKE(8, 2, 0.02), "weight_spectrum")),
-    ("weight_updates", "contradicts", shares(ALIKE(8, 2, 0.8), "weight_spectrum")),
-    ("weight_updates", "open", shares([(8, 2, part) for part in (0.0, 0.3, 0.0)], "weight_spectrum")),
+    ("weight_updates", "confirms", shares(ALIKE(8, 2, 0.02), "spectrum_weights")),
+    ("weight_updates", "contradicts", shares(ALIKE(8, 2, 0.8), "spectrum_weights")),
+    ("weight_updates", "open", shares([(8, 2, part) for part in (0.0, 0.3, 0.0)], "spectrum_weights")),
     ("long_paths", "confirms", shares(ALIKE(8, 30, -0.01))),
     ("long_paths", "contradicts", shares(ALIKE(8, 30, -0.2))),
     ("long_paths", "open", shares([(8, 30, part) for part in (0.0, 0.3, 0.0)])),
@@ -485,6 +487,20 @@ def test_every_measured_rule_is_shown_each_way(names):
     assert shown == {(quantity, found) for quantity in names["measured"] for found in outcomes}
 
 
+def test_every_table_that_the_page_reads_is_one_that_is_made(names):
+    source = "".join("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
+    asked = set(re.findall(r'\bread\(\s*"(\w+)"', source))
+    for quantity, _, tables in CASES:
+
+        def load(name, recipe, read=loader(tables)):  # noqa: B008
+            asked.add(name.removeprefix("digits/"))
+            return read(name, recipe)
+
+        names["measured"][quantity](Reader("digits", load))
+    made = {*measurements.TABLE, *measurements.ENSEMBLE, *matrix.TRAINING}
+    assert {"spectrum_weights", "networks", "ensemble"} <= asked <= made
+
+
 def test_a_step_at_any_place_is_not_smooth():
     for at in K[:-1]:
         assert smooth(stack(rises(lambda k, at=at: 0.5 * (k > at)), [1, 1.1, 0.9]), "k")[0] == "contradicts"
@@ -501,7 +517,7 @@ def claim(names, id):
 
 
 def test_verdicts_say_when_they_rest_on_one_network(names):
-    row, tables = claim(names, "Figure 6c, exact at y_0"), shares(ALIKE(8, 2, 0.3))
+    row, tables = claim(names, "Figure 6c, exact at the first state"), shares(ALIKE(8, 2, 0.3))
     one = {name: table[table["seed"] == 0] for name, table in tables.items()}
     assert names["judge"](row, "digits", loader(tables))[1] == "not confirmed here"
     assert names["judge"](row, "digits", loader(one))[1] == "not confirmed here (one network)"
@@ -510,7 +526,7 @@ def test_verdicts_say_when_they_rest_on_one_network(names):
 
 
 def test_networks_that_fall_short_are_not_comparable(names):
-    row, tables = claim(names, "Figure 6c, exact at y_0"), shares(ALIKE(8, 2, 0.3))
+    row, tables = claim(names, "Figure 6c, exact at the first state"), shares(ALIKE(8, 2, 0.3))
     assert names["judge"](row, "digits", loader(tables, intact=0.122))[1] == "not confirmed here"
     text, said = names["judge"](row, "digits", loader(tables, intact=0.123))
     assert said == "not comparable"
