@@ -204,7 +204,7 @@ class CountedBranch(nn.Module):
         return self.linear(Counted.apply(y))
 
 
-CASES = [(1, 0, 1), (2, 0, 3), (20, 0, 210), (7, 3 * 48, 12), (20, 2**18, 20)]
+CASES = [(1, 0, 1), (2, 0, 3), (20, 0, 210), (7, 3 * 48, 12), (20, 2**19, 20)]
 
 
 @pytest.mark.parametrize(("n", "memory", "passes"), CASES)
