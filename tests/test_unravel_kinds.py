@@ -438,6 +438,92 @@ def test_a_forward_that_assigns_to_its_module_leaves_nothing_behind():
     assert model.table is before
 
 
+class Merging(nn.Linear):
+    """Merges its low-rank part in eval mode, as loralib's layers do."""
+
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.low, self.merged = nn.Parameter(torch.randn(8, 8)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.low if mode else self.low
+            self.merged = not mode
+        return self
+
+
+class Rescaling(nn.Linear):
+    """Halves its weights in the first pass, as transformers' RWKV does."""
+
+    done = False
+
+    def forward(self, x):
+        if not self.done:
+            with torch.no_grad():
+                self.weight.div_(2)
+            self.done = True
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Merging, Rescaling])
+def test_weights_that_a_pass_changes_come_back_and_the_model_is_refused(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.o, self.layers = linear(), linear(), nn.ModuleList(kind(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            y = self.i(x)
+            for layer in self.layers:
+                y = y + torch.tanh(layer(y))
+            return self.o(y)
+
+    model = Net().train(kind is Merging)
+    before, expected = copy.deepcopy(model.state_dict()), copy.deepcopy(model).eval()(X)
+    with pytest.raises(ValueError, match=r"changes the parameter layers\.0\.weight, .*call model.eval\(\), then"):
+        unravel(model, X)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model.eval()(X), expected)
+    exact(unravel(model, X), model, units=3)  # now that this has happened
+
+
+def test_a_tensor_that_is_no_buffer_comes_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.calls = body(add), torch.zeros(())
+
+        def forward(self, x):
+            self.calls += 1
+            return self.body(x)
+
+    model = seeded(Counting)
+    unravel(model, X)
+    assert model.calls == 0
+
+
+def test_blocks_inline_in_a_part_leave_its_embedding_to_the_stem():
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
+            self.layers = nn.ModuleList(linear() for _ in range(3))
+
+        def forward(self, tokens):
+            y = self.norm(self.embedding(tokens))
+            for layer in self.layers:
+                y = y + torch.tanh(layer(y))
+            return y
+
+    model, tokens = seeded(lambda: nn.Sequential(Body(), nn.Linear(8, 11))), torch.arange(12).view(2, 6) % 11
+    chain = quiet(model, tokens)
+    assert [unit.has_identity_skip for unit in chain.units] == [True] * 3
+    shares = gradient_by_length(chain, tokens, tokens)
+    assert shares.shape == (4, 2, 6, 8)
+    assert chain.verify(tokens)["equal"].tolist() == chain.verify(tokens)["compared"].tolist()
+
+
 def test_a_time_before_the_state_is_read_by_every_block():
     class Flow(nn.Module):
         def __init__(self):

@@ -1,11 +1,13 @@
 """What language models do besides returning logits for all of their tokens: fewer of them, losses, and generation."""
 
+import warnings
+
 import pytest
 import torch
-from architectures import CASES, Decoder, built, edited
+from architectures import CASES, Decoder, built, edited, small_transformer
 from torch import nn
 from torch.nn import functional as F
-from unravelling import delete_each, unravel
+from unravelling import delete_each, evaluate, unravel
 
 
 class WithTargets(nn.Module):
@@ -78,3 +80,40 @@ def test_a_shortened_chain_generates_what_the_edited_model_does(name):
     for network in (chain, shortened):
         with pytest.raises(AttributeError, match=r"loop.*argmax"):
             network.generate(prompt)
+
+
+OWN = {
+    "BartForCausalLM": {"vocab_size": 11, "d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2,
+                        "decoder_ffn_dim": 32, "max_position_embeddings": 16},
+    "BertGenerationDecoder": small_transformer(is_decoder=True),
+    "BertForMaskedLM": small_transformer(),
+    "LlamaForCausalLM": small_transformer(num_key_value_heads=1),
+}
+
+
+class Wrapper(nn.Module):
+    """Takes no labels, so that its own loss cannot be asked for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids).logits
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_labels_in_a_dict_are_scored_as_the_model_itself_does(name, wrapped):
+    transformers = pytest.importorskip("transformers")
+    stem = name.removesuffix("ForCausalLM").removesuffix("ForMaskedLM").removesuffix("Decoder")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = getattr(transformers, stem + "Config")(**OWN[name])
+        model = getattr(transformers, name)(settings).eval()
+    tokens = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = unravel(Wrapper(model) if wrapped else model, {"input_ids": tokens})
+    own = model(input_ids=tokens, labels=tokens).loss.item()
+    assert evaluate(chain, [{"input_ids": tokens, "labels": tokens}])["loss"] == pytest.approx(own, rel=1e-4)

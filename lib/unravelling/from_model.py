@@ -260,7 +260,7 @@ def _first_right_chain(
     while ways:
         try:
             with redirect_stderr(io.StringIO()):  # torch.export and torch.fx print whole graphs where they fail
-                with preserved(model):  # a forward that assigns to its module leaves proxies there
+                with preserved(model, weights=False):  # a forward that assigns to its module leaves proxies there
                     if ways[0] == "torch.fx":
                         traced = trace_symbolically(model, x, map(model.get_submodule, makers))
                     else:
@@ -282,8 +282,11 @@ def _first_right_chain(
     if refusal is not None:
         raise refusal
     hint = "" if x is not None else " Give an example input: unravel(model, x)."
+    kinds = {parameter.kind.name for parameter in inspect.signature(model.forward).parameters.values()}
+    if named := not kinds & {"VAR_POSITIONAL", "VAR_KEYWORD"}:  # others only torch.export traces, and looks into blocks
+        hint += " If that happens within its blocks, register their class with block_units: those are not looked into."
     raise Unsupported(
         f"{type(model).__name__} cannot be traced: its control flow depends on the data, or it leaves PyTorch "
-        f"({'; '.join(failures)}).{hint} If that happens within its blocks, register their class with block_units: "
-        "they are not looked into then. Otherwise write a wrapper whose forward calls stem, blocks and head in turn"
+        f"({'; '.join(failures)}).{hint} {'Otherwise write' if named else 'Write'} a wrapper whose forward, with named "
+        "arguments, calls stem, blocks and head in turn"
     )

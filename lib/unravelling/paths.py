@@ -390,7 +390,8 @@ class _Step:
             return [self._through(part, g) for g in gradients]
         if part is self.state and isinstance(self.unit.post, nn.Identity) and self.total.shape == part.shape:
             return gradients
-        there, through = [g for g in gradients if g is not None], []
+        there = [g for g in gradients if g is not None]
+        through: list[Tensor | None] = []
         for k in range(0, len(there), self.copies):
             some = there[k : k + self.copies]
             filled = some + some[:1] * (self.copies - len(some))

@@ -6,19 +6,23 @@ stream: the stem computes them and leaves them in a `Context` for the units.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn.functional import cross_entropy
 
+from ..batches import device_of
 from ..chain import Chain, NoSkip, Unit
 from .reading import Reading, Stretch, Terms, place
-from .trace import Traced, Unsupported, arguments
+from .trace import Traced, Unsupported, arguments, call
 
 Maker = Callable[[nn.Module], Sequence[Unit]]
 """Returns the units of a block."""
@@ -177,7 +181,7 @@ def make_parts(
             "which no chain of units does"
         )
     several = len(reading.traced.inputs) > 1 or (x is not None and not isinstance(x, Tensor))
-    stem = builder.stem(first, several, _shifts_labels(model))
+    stem = builder.stem(first, several, _shifts_labels(model, x))
     for module in [*stem.modules(), *head.modules(), *(part for unit in units for part in unit.modules())]:
         if id(module) not in names:
             module.training = False
@@ -192,14 +196,25 @@ def _last_module(unit: Unit, names: Mapping[int, str]) -> str | None:
     return names.get(id(last)) if unit.residual else None
 
 
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether a model, or the Hugging Face model in a wrapper, compares each token with the logits before it."""
-    for module in model.modules():
-        bases = [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models.")]
-        if bases:
-            causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in bases)
-            return causal or getattr(module, "loss_type", None) == "ForCausalLM"
-    return False
+def _shifts_labels(model: nn.Module, x: Any) -> bool:
+    """Whether a model, or the Hugging Face model in a wrapper, compares each token with the logits before it.
+
+    Its own loss for the example tells, where it takes labels; else the kind of loss that its forward calls.
+    """
+    classes = ((m, {cls.__module__.rpartition(".")[0] for cls in type(m).__mro__}) for m in model.modules())
+    known = [m for m, homes in classes if any(home.startswith("transformers.models.") for home in homes)]
+    if not known:
+        return False
+    args, kwargs = arguments(x)
+    with suppress(Exception), torch.no_grad():
+        logits = call(model, x).cpu().float()
+        labels = torch.randint(logits.shape[-1], logits.shape[:2], generator=torch.Generator().manual_seed(0))
+        own = model(*args, **kwargs, labels=labels.to(device_of(model))).loss.item()
+        plain = cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+        shifted = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+        return abs(own - shifted) < abs(own - plain)
+    source = inspect.getsource(type(known[0]).forward)
+    return getattr(known[0], "loss_type", None) in ("ForCausalLM", None) and "loss_function" in source
 
 
 def number(chain: Chain, x: Any) -> Tensor | None:

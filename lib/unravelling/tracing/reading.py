@@ -673,7 +673,8 @@ def _share_out(reading: Reading, stretches: list[Stretch]) -> None:
         posts.append([_operation(reading, node) for node in follow])
         stretch.post = state = follow[-1] if follow else stretch.end
     i = reading.place[first.start]
-    while i > 0 and first.owner and not first.block and reading.under(reading.cuts[i], first.owner):
+    network = len(stretches) > 1 and all(reading.under(stretch.end, first.owner) for stretch in stretches)
+    while i > 0 and first.owner and not (network or first.block) and reading.under(reading.cuts[i], first.owner):
         i -= 1
     states = [reading.cuts[i], *(stretch.post for stretch in stretches)]
     for stretch, state in zip(stretches, states, strict=False):

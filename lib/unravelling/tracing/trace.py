@@ -58,14 +58,18 @@ def call(model: nn.Module, x: Any) -> Any:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module, weights: bool = True) -> Iterator[None]:
     """Put a model into eval mode for the duration of a ``with`` block, and undo all that happens to it meanwhile.
 
-    Attributes and the lists and dicts among them, buffers to the last byte, modes, and the state of the random number
-    generators come back.
+    Attributes and the tensors, lists and dicts among them, parameters and buffers to the last byte, modes, and the
+    state of the random number generators come back. Raises Unsupported after a block in which a parameter changed;
+    without ``weights`` nobody looks at them.
     """
     parts = [part for m in model.modules() for part in (vars(m), *vars(m).values()) if isinstance(part, (dict, list))]
     before, buffers = [copy.copy(part) for part in parts], copies_of_buffers(model)
+    plain = [(t, t.detach().clone()) for t in _plain_tensors(model)]
+    named = [entry for entry in model.named_parameters() if weights and not entry[1].is_meta]
+    parameters = {name: (p, p.detach().clone()) for name, p in named}
     configs = [getattr(m, "config", None) for m in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.is_cuda} - {None}
     with torch.random.fork_rng(devices=sorted(devices)), ExitStack() as stack:
@@ -79,10 +83,25 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for part, entries in zip(parts, before, strict=True):
                 part.clear()
                 (part.update if isinstance(part, dict) else part.extend)(entries)
-            with torch.no_grad():
-                for buffer, old in buffers.values():
-                    if not torch.equal(buffer, old):
-                        buffer.copy_(old)
+            changed = [name for name, (p, old) in parameters.items() if not _same(p, old)]
+            for tensor, old in [*buffers.values(), *plain, *(parameters[name] for name in changed)]:
+                if not torch.equal(tensor, old):
+                    tensor.data.copy_(old)
+            if changed:
+                raise Unsupported(
+                    f"eval mode, or a forward pass in it, changes the parameter {changed[0]}, as where LoRA is merged "
+                    "or weights are rescaled once: call model.eval(), then the model once, before unravel"
+                )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())  # NaN is NaN
+
+
+def _plain_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors among a model's attributes, and in lists and dicts there, that are no buffers."""
+    values = [v for m in model.modules() for name, v in vars(m).items() if name not in ("_parameters", "_buffers")]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and not t.requires_grad]
 
 
 def copies_of_buffers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
