@@ -164,14 +164,16 @@ def unravel(
             stacklevel=2,
         )
     x = move(x, model)
-    with preserved(model), torch.enable_grad():
+    with preserved(model, weights=True), torch.enable_grad():
         by_hand = None if units is None else _named(model, units)
         if branch is not None:
             makers: dict[str, Maker] = dict.fromkeys(by_hand or (), lambda block: [_unit(block, branch, skip, post)])
         else:
             makers = _registered(model, by_hand)
         refuse_hooks(model, layers=False)
-        chain, remarks = _first_right_chain(model, x, makers, by_hand, stream)
+        known = (None, []) if x is None else _outputs(model, x)
+    with preserved(model), torch.enable_grad():
+        chain, remarks = _first_right_chain(model, x, known, makers, by_hand, stream)
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
     return chain
@@ -250,17 +252,21 @@ def _failure(model: nn.Module, way: str, error: Exception) -> str:
 
 
 def _first_right_chain(
-    model: nn.Module, x: Any, makers: dict[str, Maker], by_hand: Sequence[str] | None, stream: str | None
+    model: nn.Module, x: Any, known: tuple[Tensor | None, list[str]], makers: dict[str, Maker],
+    by_hand: Sequence[str] | None, stream: str | None,
 ) -> tuple[Unravelled, list[str]]:
-    """Try the ways of tracing until one gives a chain that computes what the model does; return it, and remarks."""
-    logits, remarks = (None, []) if x is None else _outputs(model, x)
+    """Try the ways of tracing until one gives a chain that computes what the model does; return it, and remarks.
+
+    ``known`` are the model's logits for the example, and what there is to remark on that pass.
+    """
+    logits, remarks = known
     failures: list[str] = []
     refusal: Unsupported | None = None
     ways = ["torch.fx"] if x is None else ["torch.fx", "torch.export"]
     while ways:
         try:
             with redirect_stderr(io.StringIO()):  # torch.export and torch.fx print whole graphs where they fail
-                with preserved(model, weights=False):  # a forward that assigns to its module leaves proxies there
+                with preserved(model):  # a forward that assigns to its module leaves proxies there
                     if ways[0] == "torch.fx":
                         traced = trace_symbolically(model, x, map(model.get_submodule, makers))
                     else:

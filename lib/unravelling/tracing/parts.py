@@ -7,10 +7,11 @@ stream: the stem computes them and leaves them in a `Context` for the units.
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,7 +207,9 @@ def _shifts_labels(model: nn.Module, x: Any) -> bool:
     if not known:
         return False
     args, kwargs = arguments(x)
-    with suppress(Exception), torch.no_grad():
+    with suppress(Exception), torch.no_grad(), ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)  # transformers warns of a configuration that names no loss
         logits = call(model, x).cpu().float()
         labels = torch.randint(logits.shape[-1], logits.shape[:2], generator=torch.Generator().manual_seed(0))
         own = model(*args, **kwargs, labels=labels.to(device_of(model))).loss.item()

@@ -58,12 +58,12 @@ def call(model: nn.Module, x: Any) -> Any:
 
 
 @contextmanager
-def preserved(model: nn.Module, weights: bool = True) -> Iterator[None]:
+def preserved(model: nn.Module, weights: bool = False) -> Iterator[None]:
     """Put a model into eval mode for the duration of a ``with`` block, and undo all that happens to it meanwhile.
 
-    Attributes and the tensors, lists and dicts among them, parameters and buffers to the last byte, modes, and the
-    state of the random number generators come back. Raises Unsupported after a block in which a parameter changed;
-    without ``weights`` nobody looks at them.
+    Attributes and the tensors, lists and dicts among them, buffers to the last byte, modes, and the state of the random
+    number generators come back; with ``weights``, of which there is a copy then, parameters as well, and Unsupported is
+    raised after a block in which one changed.
     """
     parts = [part for m in model.modules() for part in (vars(m), *vars(m).values()) if isinstance(part, (dict, list))]
     before, buffers = [copy.copy(part) for part in parts], copies_of_buffers(model)
