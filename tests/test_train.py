@@ -82,6 +82,7 @@ def test_one_cycle_by_hand():
     cos30 = math.sqrt(3) / 2
     expected = [1.0, 2.0, 2.0, 1 + cos30, 1.5, 1.0, 0.5, 1 - cos30]
     assert [recipe.lr_at(step, 8) for step in range(8)] == pytest.approx(expected)
+    assert [recipe.lr_at(step, total) for total in (1, 3) for step in range(total)] == [2.0] * 4
 
 
 def test_steps_by_hand():

@@ -95,6 +95,8 @@ class Recipe:
             if step < self.warmup:
                 return self.lr / 10
             return self.lr / 10 ** sum(step >= round(m * total) for m in self.milestones)
+        if total < 4:
+            return self.lr  # too few steps to rise and to fall
         peak = total / 4
         phase = (step + 1) / peak if step < peak else 1 + (step - peak) / (total - peak)
         return self.lr * 0.5 * (1 - math.cos(math.pi * phase))
