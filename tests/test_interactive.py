@@ -612,7 +612,7 @@ def test_map_shows_the_digit_and_its_colours(show):
 
 
 def test_map_shows_the_damage_with_statistics_re_estimated(show):
-    damage = np.zeros((500, 2))
+    damage = np.full((500, 2), -0.5)
     damage[:, 1] = np.arange(500) / 100
     page = show("damage_map", markup=interactive.damage_map(0, ([7, 3], damage)).data)
     image, _ = check_cell(page)
@@ -623,6 +623,9 @@ def test_map_shows_the_damage_with_statistics_re_estimated(show):
         cell.press("ArrowRight")
     said = re.search(r"re-estimated the margin loses ([\d.]+)\.$", status(page))
     assert float(said[1]) == pytest.approx(image / 100, abs=2e-3)
+    for _ in range(4):
+        cell.press("ArrowRight")
+    assert re.search(r"re-estimated the margin gains 0\.50*\.$", status(page))
     assert page.faults == []
 
 

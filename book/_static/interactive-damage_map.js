@@ -59,7 +59,7 @@ mount("damage_map", (root, status, data) => {
     const other = damage.reestimated(image, state.unit);
     const words = `Image ${image}, a ${data.classes[data.labels[image]]}, in ${data.network}: with unit ${state.unit} its loss is ` +
       `${number(loss(before))} and its margin ${number(before)}; without it, loss ${number(loss(after))} and margin ${number(after)}.`;
-    if (other !== null) return `${words} With batch norm re-estimated the margin loses ${number(other)}.`;
+    if (other !== null) return `${words} With batch norm re-estimated the margin ${other < 0 ? "gains" : "loses"} ${number(Math.abs(other))}.`;
     return state.scale === "reestimated" ? `${words} Re-estimated are units ${listed([...healed.units].sort((a, b) => a - b))} alone.` : words;
   }
 
