@@ -1,11 +1,7 @@
 """Lesion studies: delete units of a trained chain and measure what happens (Veit et al., 2016, section 4).
 
-What the functions of a chain and data take: ``chain``, a trained network; ``data``, a split, or
-`~unravelling.batches.Batches`, such as a ``DataLoader``; ``seed``, of random choices; and as ``options`` the ``loss``,
-``max_memory`` and ``dtype`` of `evaluate_variants`.
-
-Every such function raises TypeError for an argument of the wrong kind, and ValueError where there are no batches or no
-labels to score, where the network cannot take them or computes NaN, or where a number makes no sense.
+Every function of a chain and data raises TypeError for an argument of the wrong kind, and ValueError where there are no
+batches or no labels to score, where the network cannot take them or computes NaN, or where a number makes no sense.
 """
 
 from __future__ import annotations
@@ -145,7 +141,8 @@ def evaluate_variants(
     are those of the loop to the last bit.
 
     Args:
-        chain: its modes and parameters stay as they are.
+        chain: the network; its modes and parameters stay as they are.
+        data: a split, or `~unravelling.batches.Batches`.
         variants: each a sequence of units, by number i, deleted as ``~i`` (that is -i - 1), or a unit of your own.
         loss: maps logits ``(1, …)`` and labels of one image to a scalar; the cross-entropy when None.
         options: ``max_memory``, bytes that the states of a batch may take, 64 MiB by default; one variant at a time,
@@ -234,6 +231,11 @@ def _measure(
 def delete_each(chain: Chain, data: Split | Batches, **options: Any) -> pd.DataFrame:
     """Delete every unit in turn (Veit et al., 2016, section 4.1 and figures 3 and 4).
 
+    Args:
+        chain: a trained network.
+        data: a split, or `~unravelling.batches.Batches`, such as a ``DataLoader``.
+        options: ``loss``, ``max_memory`` and ``dtype`` of `evaluate_variants`.
+
     Returns:
         One row a unit, with ``unit``, ``name``, ``stage``, ``is_transition``, then the columns of `summarize`: missing
         values where the unit cannot be deleted, since it has no skip and changes the shape of its state.
@@ -266,8 +268,10 @@ def delete_random(
     """Delete k units chosen at random, several times over (Veit et al., 2016, section 4.2 and figure 5a).
 
     Args:
+        chain, data, options: as in `delete_each`.
         k: how many units to delete; several numbers are measured together, which shares work between them.
         trials: random choices for each k.
+        seed: of the choices.
         candidates: units to choose from; all that can be deleted when None.
 
     Returns:
@@ -293,9 +297,11 @@ def reorder(
     """Swap random pairs of units of equal shape, several times over (Veit et al., 2016, section 4.3 and figure 5b).
 
     Args:
+        chain, data, options: as in `delete_each`.
         swaps: how many different pairs to swap, one after the other; transition units stay where they are. None
             shuffles every stage completely. Several numbers are measured together, which shares work between them.
         trials: random orders for each number of swaps.
+        seed: of the orders.
 
     Returns:
         One row an order, with ``swaps`` (missing for a complete shuffle), ``trial``, ``order`` (numbers, separated by
@@ -342,10 +348,12 @@ def replace_branches(
     """Put something else in the place of each unit's branch in turn: controls that tell what a deletion takes away.
 
     Args:
-        data: in batches that can be gone through twice.
+        chain, options: as in `delete_each`.
+        data: as in `delete_each`, in batches that can be gone through twice.
         kind: one or several of ``"mean"``, the branch's average over all images of ``data``, at each position and in
             each channel; ``"resample"``, the branch's output for another image of the batch; ``"noise"``, Gaussian
             noise with the norm that the branch has for the image; ``"added noise"``, the same beside the branch.
+        seed: of who gets whose branch, and of the noise.
 
     Returns:
         One row a kind and unit, with ``kind``, then the columns of `delete_each`: missing values where the unit has no
@@ -420,6 +428,7 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
     is taken at the sum, before the unit's ``post``.
 
     Args:
+        chain, data: as in `delete_each`.
         loss: as in `evaluate_variants`; differentiable.
 
     Returns:
@@ -482,7 +491,7 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
 
     Args:
         chain: usually one with deleted units.
-        batches: as ``data``, of training images, whose labels may be missing.
+        batches: a split, or `~unravelling.batches.Batches` of training images, whose labels may be missing.
 
     Raises ValueError where the statistics are not finite, or were traced as constants into a function of the model.
     """

@@ -1,13 +1,8 @@
 """The gradient along the 2^n paths of a chain.
 
-What the functions of a chain take: ``chain``, the network, in eval mode (but for `gradient_norms`); ``x``, normalised
-images ``(B, C, H, W)`` or whatever the chain takes, such as a dict of tokens; ``y``, labels ``(B,)`` or ``(B, T)``,
-those in the dict ``x`` when None; ``loss``, which maps logits and ``y`` to a scalar; ``seed``, of random choices. With
-``batch_statistics`` batch norm takes its statistics from the batch, as in training, and the gradient flows through
-them: sums over paths are then exact for the batch as a whole, whose images are tied; nothing is stored.
-
-Every such function raises TypeError for an argument of the wrong kind, and ValueError where labels do not fit, the
-inputs hold NaN, the network cannot take them, draws random numbers or is in training mode, or the loss is no scalar.
+Every function of a chain raises TypeError for an argument of the wrong kind, and ValueError where labels do not fit,
+the inputs hold NaN, the network cannot take them, draws random numbers or is in training mode (but for
+`gradient_norms`), or the loss is no scalar.
 """
 
 from __future__ import annotations
@@ -62,7 +57,11 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy) -> pd.DataFrame:
     """Return the norm of the loss gradient at every state y_0 … y_n, in the mode the chain is in.
 
-    In training mode batch norm uses the batch, and its running statistics stay as they are.
+    Args:
+        chain: the network. In training mode batch norm uses the batch, and its running statistics stay as they are.
+        x: normalised images ``(B, C, H, W)``, or whatever the chain takes, such as a dict of tokens.
+        y: labels ``(B,)``, or ``(B, T)``; those in the dict ``x`` when None.
+        loss: maps logits and ``y`` to a scalar.
 
     Returns:
         One row a state, with ``state`` (0 to n), ``gradient_norm`` over the whole batch.
@@ -80,11 +79,15 @@ def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
 
 @torch.inference_mode(False)
 def path_gradients(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy) -> dict[tuple[int, ...], Tensor]:
-    """Return the gradient at y_0 along each of the 2^n paths, by brute force; a ValueError for more than 12 units.
+    """Return the gradient at y_0 along each of the 2^n paths, by brute force.
 
     The chain rule through y_i = post_i(skip_i(y_{i-1}) + branch_i(y_{i-1})) is a product of sums of two Jacobians,
     taken at the true states. Multiplied out it has one term for each choice of skip or branch at every residual
     unit, and their sum is the ordinary gradient, exactly.
+
+    Args:
+        chain: a network of at most 12 units, in eval mode; a ValueError for more.
+        x, y, loss: as in `gradient_norms`.
 
     Returns:
         A map from a tuple of n bits, 1 where the path takes the branch, to a tensor of the shape of y_0.
@@ -111,9 +114,13 @@ def gradient_by_length(
     section 5 and figure 6 of Veit et al. (2016), who sample paths.
 
     Args:
+        chain: the network, in eval mode.
+        x, y, loss: as in `gradient_norms`.
         at: ``"stem"`` for the gradient at y_0, the first unit's input, ``"pixels"`` for that at ``x``.
         max_length: the longest length m told apart; all of them when None.
         dtype: compute in this type, such as ``torch.float64``, on a copy of the chain; as the chain is when None.
+        batch_statistics: whether batch norm takes its statistics from the batch, as in training, and the gradient flows
+            through them. The sums are then exact for the batch as a whole, whose images are tied; nothing is stored.
 
     Returns:
         A tensor ``(n + 1, B, …)`` whose sum over the first dimension is the gradient of the loss. With ``max_length``,
@@ -186,6 +193,9 @@ def weight_spectrum(
     sum over k is the ordinary gradient at θ_i, exactly. Weights of stem, skips and head are left out. It takes
     n(n + 1) / 2 backward passes through branches more than `gradient_by_length`.
 
+    Args:
+        chain, x, y, loss, batch_statistics: as in `gradient_by_length`. Branches share no weights with each other.
+
     Returns:
         One row for each unit and length there is, with ``unit``, ``length`` (1 to n), ``norm`` ‖W_{i,k}‖, ``share``
         ⟨W_i, W_{i,k}⟩ / Σ_j ‖W_j‖² with W_i = Σ_k W_{i,k}; shares sum to 1 over the whole table, and for all weights
@@ -226,8 +236,10 @@ def canonical_split(chain: Chain, x: Any, samples: int = 16, seed: int = 0) -> p
     product of every branch for each sample.
 
     Args:
-        x: inputs; labels beside them are left alone.
+        chain: the network, in eval mode.
+        x: as in `gradient_norms`; labels beside it are left alone.
         samples: probes; a ValueError for fewer than 2.
+        seed: of the probes.
 
     Returns:
         One row a unit, with ``unit``, ``name``, ``c``, its ``standard_error`` over the probes for these images. Both
@@ -258,6 +270,10 @@ def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy)
     norm to a common gain of all branches, states held fixed. The derivative follows from two vector-Jacobian products
     of every branch.
 
+    Args:
+        chain: the network, in eval mode.
+        x, y, loss: as in `gradient_norms`.
+
     Returns:
         Lengths ``(B,)``, NaN where an image has no gradient. For a whole batch, average them with weights ‖g‖².
     """
@@ -280,9 +296,11 @@ def sample_path_gradients(
     at random, and through the skips alone at the others.
 
     Args:
-        chain: in float64, since long paths carry less than float32 can hold.
+        chain: the network, in eval mode; use float64, since long paths carry less than float32 can hold.
+        x, y, loss: as in `gradient_norms`.
         lengths: numbers k of branches.
         samples: paths for each length.
+        seed: of the choices.
 
     Returns:
         One row a path, with ``length``, ``sample``, ``norm`` of the gradient at y_0 over the batch.
@@ -317,8 +335,10 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
     different paths then cancel in expectation, so that E ‖G_k‖² is the sum over the paths of length k.
 
     Args:
-        chain: in float64 for lengths at which the gradient is tiny.
+        chain: the network, in eval mode; float64 for lengths at which the gradient is tiny.
+        x, y, loss: as in `gradient_norms`.
         repeats: independent draws of all signs; a ValueError for fewer than 2.
+        seed: of the signs.
 
     Returns:
         One row a length, with ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how

@@ -1,4 +1,4 @@
-"""Intervals of the coverage ``level``: for a share of images, for a paired difference, and over seeds."""
+"""Intervals: for a share of images, for a paired difference, and over seeds."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[n
     Args:
         count: images counted, such as the wrong ones; a number or an array of any shape.
         images: images in all.
+        level: coverage.
 
     Returns:
         The lower and upper ends as fractions, in the shape of ``count``.
@@ -62,6 +63,7 @@ def error_difference(first: float, second: float, images: int, level: float = 0.
     Args:
         first, second: error of one network and of the other, as fractions; a ValueError outside 0 to 1.
         images: how many each was tested on.
+        level: coverage.
     """
     given = {"first": first, "second": second, "images": images}
     if any(_numbers(name, value).size != 1 for name, value in given.items()):
@@ -80,7 +82,9 @@ def paired_bootstrap(
 
     Args:
         difference: one value an image, ``(…, images)``; the same resamples serve all rows.
-        resamples: how many, drawn from ``seed``.
+        level: coverage.
+        resamples: how many.
+        seed: of the resamples.
 
     Raises TypeError or ValueError where there is no value, or an argument is of the wrong kind or size.
     """
@@ -103,6 +107,7 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
         table: one row for each seed and group.
         by: column or columns that define the groups.
         value: column to average.
+        level: coverage.
 
     Returns:
         The columns of ``by``, then ``mean``, ``low``, ``high`` and ``seeds``; the ends are NaN for a single seed.
