@@ -503,6 +503,13 @@ def test_a_tensor_that_is_no_buffer_comes_back():
     assert model.calls == 0
 
 
+@pytest.mark.parametrize("kept", [torch.eye(8).to_sparse(), torch.empty(3, device="meta")], ids=["sparse", "meta"])
+def test_tensors_that_cannot_be_compared_are_no_obstacle(kept):
+    model = seeded(lambda: body(add))
+    model.adjacency = kept
+    exact(quiet(model), model, units=3)
+
+
 def test_blocks_inline_in_a_part_leave_its_embedding_to_the_stem():
     class Body(nn.Module):
         def __init__(self):

@@ -66,10 +66,8 @@ def preserved(model: nn.Module, weights: bool = False) -> Iterator[None]:
     raised after a block in which one changed.
     """
     parts = [part for m in model.modules() for part in (vars(m), *vars(m).values()) if isinstance(part, (dict, list))]
-    before, buffers = [copy.copy(part) for part in parts], copies_of_buffers(model)
-    plain = [(t, t.detach().clone()) for t in _plain_tensors(model)]
-    named = [entry for entry in model.named_parameters() if weights and not entry[1].is_meta]
-    parameters = {name: (p, p.detach().clone()) for name, p in named}
+    before, buffers, plain = [copy.copy(part) for part in parts], copies_of_buffers(model), _copies(_plain(model))
+    parameters = _copies(model.named_parameters() if weights else ())
     configs = [getattr(m, "config", None) for m in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.is_cuda} - {None}
     with torch.random.fork_rng(devices=sorted(devices)), ExitStack() as stack:
@@ -84,7 +82,7 @@ def preserved(model: nn.Module, weights: bool = False) -> Iterator[None]:
                 part.clear()
                 (part.update if isinstance(part, dict) else part.extend)(entries)
             changed = [name for name, (p, old) in parameters.items() if not _same(p, old)]
-            for tensor, old in [*buffers.values(), *plain, *(parameters[name] for name in changed)]:
+            for tensor, old in [*buffers.values(), *plain.values(), *(parameters[name] for name in changed)]:
                 if not torch.equal(tensor, old):
                     tensor.data.copy_(old)
             if changed:
@@ -98,16 +96,21 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())  # NaN is NaN
 
 
-def _plain_tensors(model: nn.Module) -> list[Tensor]:
-    """Return the tensors among a model's attributes, and in lists and dicts there, that are no buffers."""
+def _plain(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors among a model's attributes, and in lists and dicts there, that are no buffers, by number."""
     values = [v for m in model.modules() for name, v in vars(m).items() if name not in ("_parameters", "_buffers")]
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and not t.requires_grad]
+    yield from ((str(i), t) for i, t in enumerate(tree_leaves(values)) if isinstance(t, Tensor) and not t.requires_grad)
+
+
+def _copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the dense tensors that have values by name, each with a copy: others cannot be compared."""
+    dense = {name: t for name, t in named if t.layout == torch.strided and not t.is_meta}
+    return {name: (tensor, tensor.detach().clone()) for name, tensor in dense.items()}
 
 
 def copies_of_buffers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Return a model's dense buffers by name, each with a copy."""
-    dense = {name: b for name, b in model.named_buffers() if b.layout == torch.strided}
-    return {name: (buffer, buffer.detach().clone()) for name, buffer in dense.items()}
+    return _copies(model.named_buffers())
 
 
 # ---------------------------------------------------------------- graphs
