@@ -546,6 +546,7 @@ def test_a_time_before_the_state_is_read_by_every_block():
     with pytest.warns(UserWarning, match="the stream starts at 'x'"):
         chain = unravel(model, inputs)
     exact(chain, model, inputs, units=3)
+    assert all(isinstance(unit.post, nn.Identity) for unit in chain.units)  # nothing of the reading from t is left
 
 
 @dataclasses.dataclass
