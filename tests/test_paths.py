@@ -218,6 +218,15 @@ def test_lengths_take_half_of_n_squared_branch_products_of_which_some_go_togethe
     assert Counted.images == 4 * (n * (n + 1) // 2 + filled)
 
 
+@pytest.mark.parametrize("copies", range(2, 9))
+def test_no_gradient_changes_places_where_some_fill_a_batch_up(monkeypatch, copies):
+    chain, (x, y) = small("pre", torch.float64), images(dtype=torch.float64)
+    expected = [sum(path for bits, path in path_gradients(chain, x, y).items() if sum(bits) == k) for k in range(7)]
+    monkeypatch.setattr("unravelling.paths.STACKED", copies * chain.stem(x).nbytes)
+    for found, g in zip(gradient_by_length(chain, x, y), expected, strict=True):
+        assert close(found, g)
+
+
 @given(cases(), st.integers(0, 6))
 def test_gradients_that_go_through_a_branch_together_are_those_that_go_alone(case, copies):
     _, chain, gone, x, y = case

@@ -488,6 +488,31 @@ def test_weights_that_a_pass_changes_come_back_and_the_model_is_refused(kind):
     exact(unravel(model, X), model, units=3)  # now that this has happened
 
 
+@pytest.mark.parametrize("keywords", [False, True])
+def test_block_units_are_recommended_where_they_can_help(keywords):
+    class Careful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(linear() for _ in range(3))
+
+        def run(self, x):
+            for layer in self.layers:
+                x = x + layer(x) if x.sum().item() > 0 else x - layer(x)
+            return x
+
+    class Named(Careful):
+        def forward(self, x):
+            return self.run(x)
+
+    class Keywords(Careful):
+        def forward(self, x, **options):
+            return self.run(x)
+
+    with pytest.raises(ValueError, match=r"[Ww]rite a wrapper whose forward, with named arguments") as error:
+        unravel(seeded(Keywords if keywords else Named), X)
+    assert ("block_units" in str(error.value)) is not keywords
+
+
 def test_a_tensor_that_is_no_buffer_comes_back():
     class Counting(nn.Module):
         def __init__(self):

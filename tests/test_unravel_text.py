@@ -1,5 +1,6 @@
 """What language models do besides returning logits for all of their tokens: fewer of them, losses, and generation."""
 
+import logging
 import warnings
 
 import pytest
@@ -100,6 +101,22 @@ class Wrapper(nn.Module):
 
     def forward(self, input_ids):
         return self.model(input_ids).logits
+
+
+def test_what_a_model_logs_when_it_is_asked_for_its_loss_is_not_heard(caplog):
+    transformers = pytest.importorskip("transformers")
+
+    class Loud(transformers.GPT2LMHeadModel):
+        def forward(self, input_ids, labels=None):
+            logging.getLogger("loud").warning("labels" if labels is not None else "no labels")
+            return super().forward(input_ids, labels=labels, use_cache=False)
+
+    tokens = torch.arange(12).view(2, 6) % 11
+    model = Loud(transformers.GPT2Config(vocab_size=11, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
+    unravel(model, tokens)
+    assert "labels" not in caplog.messages
+    model(tokens, labels=tokens)
+    assert "labels" in caplog.messages
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
