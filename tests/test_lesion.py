@@ -126,7 +126,8 @@ def state_bytes(chain):
     """Bytes of all tensors that are no parameter or buffer of a chain."""
     own = {tensor.untyped_storage().data_ptr() for tensor in chain.state_dict().values()}
     kinds = torch.Tensor, torch.nn.Parameter  # and not those that tracing leaves behind, which hold nothing
-    found = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in kinds]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    found = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]  # a sparse one has none
     return sum({s.data_ptr(): s.nbytes() for s in found if s.data_ptr() not in own}.values())
 
 
