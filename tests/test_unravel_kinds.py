@@ -192,6 +192,29 @@ def test_additions_that_are_no_units_are_told_of():
     assert quiet(net(add), X).notes == []
 
 
+TWO = torch.tensor([1.0, 0.5])
+UNSEEN = {
+    "weighted stack": lambda s, x: (torch.stack([x, s.a(s.ln(x))]) * TWO.view(2, 1, 1)).sum(0),
+    "einsum": lambda s, x: torch.einsum("nbd,n->bd", torch.stack([x, s.a(s.ln(x))]), TWO),
+    "matmul": lambda s, x: (TWO.view(1, 2) @ torch.stack([x, s.a(s.ln(x))], 1))[:, 0],
+    "concatenation": lambda s, x: torch.cat([x.unsqueeze(0), s.a(s.ln(x)).unsqueeze(0)]).sum(0),
+    "scatter": lambda s, x: x.scatter_reduce(1, torch.arange(8).repeat(len(x), 1), s.a(s.ln(x)), "sum"),
+    "index": lambda s, x: x.index_put((torch.arange(len(x)),), s.a(s.ln(x)), accumulate=True),
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_additions_in_another_form_are_told_of(kind):
+    f = UNSEEN[kind]
+    with pytest.warns(UserWarning, match=r"^3 of 6 additions became units; the rest lie in "):
+        exact(unravel(net(lambda s, x: add(s, f(s, x))), X), net(lambda s, x: add(s, f(s, x))), units=3)
+    with pytest.raises(Unsupported, match=r"by a sum over a stack, or by scattering \(3 times, first in 1\)"):
+        unravel(net(f), X)
+    model = seeded(lambda: nn.Sequential(linear(), *body(f), linear()))
+    chain = unravel(model, X, units=["1", "2", "3"], branch=lambda s, x: f(s, x) - x)
+    exact(chain, model, units=3, rounding=1e-6)
+
+
 def dropped(s, x):
     return F.dropout(x, 0.1, s.training)
 

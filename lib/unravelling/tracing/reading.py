@@ -23,6 +23,7 @@ from .trace import Traced, Unsupported, calls_of, identity, name_of, split_sums
 
 SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0, "subtract": -1.0}
 MERGES = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
+SCATTERED = ("scatter_reduce", "index_reduce")
 NOTHING = ("identity", "contiguous", "clone", "alias", "dropout")
 KEEP_ZEROS = {  # operations that return zeros for zeros
     *("mul", "__mul__", "div", "truediv", "neg", "square", "relu", "gelu", "silu", "tanh", "matmul", "sum", "mean"),
@@ -409,20 +410,27 @@ class Reading:
     def _sums(self) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:
         """Return the additions of two values that descend from one: that one, whether it is one of them, has weights.
 
-        Sums without weights of values that are both computed count for nothing, such as those in a rotation.
+        Sums without weights of values that are both computed count for nothing, such as those in a rotation. A stack
+        of a state and a value, or the one scattered into the other, counts as an addition: a later sum makes it one.
         """
         found = {}
         for node in sorted(self.active, key=self.order.__getitem__):
-            pair = self.operands(node)
-            if pair is None or pair[0][0] is pair[1][0]:
+            pair, name = self.operands(node), name_of(node)
+            values = [operand for operand, _ in pair or []]
+            added = name == "index_put" and True in (*node.args, *node.kwargs.values())
+            if pair is None and (added or name in (*MERGES, *SCATTERED)):
+                values = [arg for arg in node.all_input_nodes if arg in self.active]
+                if name.startswith("c"):  # only what is concatenated along an axis of its own
+                    values = [cast("fx.Node", arg.args[0]) for arg in values if name_of(arg) == "unsqueeze"]
+            if len(set(values)) < 2:
                 continue
-            early, late = sorted((self.itself(operand) for operand, _ in pair), key=self.order.__getitem__)
+            early, *_, late = sorted(map(self.itself, values), key=self.order.__getitem__)
             way = self.between(early, late)
-            if SUMS[name_of(node)] < 0 and not self.weights(way, least=1):
+            if SUMS.get(name, 1) < 0 and not self.weights(way, least=1):
                 continue
             if any(early in _data(n) for n in way):
                 found[node] = early, True, bool(self.weights(way))
-            elif self.weights(self.between(self.dominator[node], node), least=1):
+            elif pair and self.weights(self.between(self.dominator[node], node), least=1):
                 found[node] = self.dominator[node], False, True
         return found
 
@@ -612,7 +620,7 @@ def _with_plain(model: nn.Module, reading: Reading, stretches: list[Stretch]) ->
 def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx.Node]]) -> str:
     nodes = sorted(reading.active, key=reading.order.__getitem__)
     joins = [n for n in nodes if name_of(n) in MERGES and len(reading.stream_args(n)) > 1]
-    sums = [node for node in nodes if reading.operands(node) is not None]
+    sums = [node for node in nodes if node in reading.sums or reading.operands(node) is not None]
     name = type(model).__name__
     if any(name_of(node) == "wrap_with_set_grad_enabled" for node in nodes):
         return f"{name} computes its stream under torch.no_grad(), where torch.export does not look: leave that out"
@@ -623,6 +631,13 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
         return (
             f"{name} has no residual unit, but {what}, as a DenseNet, a U-Net or a ShuffleNet has: no chain of skip + "
             'branch computes them. Unravel a part that is residual, or name plain units by hand: units="layers.*"'
+        )
+    mixed = [node for node in sums if reading.operands(node) is None]
+    if mixed and mixed == sums:
+        return (
+            f"{name} adds a state to its branch by a sum over a stack, or by scattering ({len(mixed)} times, first in "
+            f"{place(reading, mixed[0])}), which is not taken apart: write x + f(x), or name the blocks and say what "
+            "each computes beside its skip: units=…, branch=…, skip=…"
         )
     if sums:
         number = f"{len(sums)} addition{'s' * (len(sums) > 1)}"
