@@ -575,6 +575,12 @@ def test_two_archives_are_one_too_many(root, tmp_path):
         cifar10(folder, per_class=PER_CLASS)
 
 
+@pytest.mark.parametrize("per_class", [(1, 1), (2, 0), (2, True), (2.0, 1), 2, (2,), None])
+def test_numbers_of_images_leave_some_to_train_on_to_validate_and_to_test(root, per_class):
+    with pytest.raises((ValueError, TypeError), match=r"^per_class"):
+        cifar10(root, per_class=per_class)
+
+
 # ---------------------------------------------------------------- which copy, and which images
 
 

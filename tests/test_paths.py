@@ -26,6 +26,7 @@ from unravelling import (
     mean_length,
     path_gradients,
     path_norms,
+    paths,
     plain,
     resnet,
     sample_path_gradients,
@@ -656,6 +657,18 @@ def test_a_loss_that_is_no_scalar_is_refused(function):
     with pytest.raises(ValueError, match=r"^the loss must be a scalar, but has shape \(3,\): average or sum it$"):
         function(chain, x, y, lambda logits, labels: cross_entropy(logits, labels, reduction="none"))
     assert snapshot(chain) == before
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5)], ids=str)
+def test_probabilities_are_labels_of_images_and_pixels_but_not_of_texts(shape):
+    """With three axes it would be open which one the classes lie along."""
+    logits, labels = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64).softmax(1)
+    if len(shape) == 3:
+        with pytest.raises(TypeError, match=r"^y, the labels, has the type torch\.float64: expected a tensor"):
+            paths.cross_entropy(logits, labels)
+    else:
+        expected = -(labels * logits.log_softmax(1)).sum(1).mean()
+        assert paths.cross_entropy(logits, labels).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_too_many_paths_are_refused():
