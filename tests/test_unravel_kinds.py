@@ -206,13 +206,42 @@ UNSEEN = {
 @pytest.mark.parametrize("kind", UNSEEN)
 def test_additions_in_another_form_are_told_of(kind):
     f = UNSEEN[kind]
+    model = net(lambda s, x: add(s, f(s, x)))
     with pytest.warns(UserWarning, match=r"^3 of 6 additions became units; the rest lie in "):
-        exact(unravel(net(lambda s, x: add(s, f(s, x))), X), net(lambda s, x: add(s, f(s, x))), units=3)
+        chain = unravel(model, X)
+    exact(chain, model, units=3)
     with pytest.raises(Unsupported, match=r"by a sum over a stack, or by scattering \(3 times, first in 1\)"):
         unravel(net(f), X)
     model = seeded(lambda: nn.Sequential(linear(), *body(f), linear()))
     chain = unravel(model, X, units=["1", "2", "3"], branch=lambda s, x: f(s, x) - x)
     exact(chain, model, units=3, rounding=1e-6)
+
+
+JOINED = {
+    "vstack": lambda s, x: torch.vstack([x, s.a(s.ln(x))])[: len(x)],
+    "hstack": lambda s, x: F.linear(torch.hstack([x, s.a(s.ln(x))]), torch.cat([s.b.weight, s.b.weight], 1)),
+    "concatenation": lambda s, x: F.linear(torch.cat([x, s.a(s.ln(x))], 1), torch.cat([s.b.weight, s.b.weight], 1)),
+    "pooled": lambda s, x: torch.hstack([x, s.a(s.ln(x))]).mean(1, keepdim=True).expand(len(x), 8),
+    "two projections": lambda s, x: (torch.stack([s.a(s.ln(x)), s.b(s.ln(x))]) @ s.a.weight)[1],
+    "interleaved": lambda s, x: torch.stack([x, s.a(s.ln(x))], -1).flatten(1)[:, ::2],
+    "largest": lambda s, x: x.scatter_reduce(1, torch.arange(8).repeat(len(x), 1), s.a(s.ln(x)), "amax"),
+    "put": lambda s, x: x.index_put((torch.arange(len(x)),), s.a(s.ln(x))),
+}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_what_is_joined_but_not_added_counts_as_no_addition(kind):
+    f = JOINED[kind]
+    assert quiet(net(lambda s, x: add(s, f(s, x)))).notes == []
+
+
+def test_stacks_beside_sums_without_a_skip_are_refused_as_these():
+    def both(s, x):
+        y = UNSEEN["weighted stack"](s, x)
+        return s.a(y) + s.b(y)
+
+    with pytest.raises(Unsupported, match=r"^Sequential has 6 additions, but no chain of residual units: "):
+        unravel(net(both), X)
 
 
 def dropped(s, x):

@@ -46,7 +46,7 @@ from .tracing.trace import (
     Unsupported,
     arguments,
     call,
-    copies_of_buffers,
+    dense_copies,
     preserved,
     refuse_hooks,
     trace_by_export,
@@ -231,7 +231,7 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
             f"the forward of {type(model).__name__} takes several inputs ({names}): {error}. Give an example of them "
             "all, as a tuple or as a dict"
         ) from error
-    before, drawn = copies_of_buffers(model), torch.get_rng_state()
+    before, drawn = dense_copies(model.named_buffers()), torch.get_rng_state()
     with torch.no_grad():
         logits = call(model, x)
     if not isinstance(logits, Tensor):

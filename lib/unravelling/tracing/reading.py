@@ -23,7 +23,8 @@ from .trace import Traced, Unsupported, calls_of, identity, name_of, split_sums
 
 SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0, "subtract": -1.0}
 MERGES = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
-SCATTERED = ("scatter_reduce", "index_reduce")
+SUMMED = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "mv", "tensordot", "nansum"}
+SCATTERED = {"scatter_reduce": ("sum", "mean"), "index_reduce": ("mean",), "index_put": (True,)}  # and how they add
 NOTHING = ("identity", "contiguous", "clone", "alias", "dropout")
 KEEP_ZEROS = {  # operations that return zeros for zeros
     *("mul", "__mul__", "div", "truediv", "neg", "square", "relu", "gelu", "silu", "tanh", "matmul", "sum", "mean"),
@@ -407,21 +408,27 @@ class Reading:
             node = self.stream_args(node)[0]
         return node
 
+    def _stacked(self, node: fx.Node) -> list[fx.Node]:
+        """Return the values that a node adds up in another form: by a stack that is summed later, or by scattering."""
+        name, values, options = name_of(node), self.stream_args(node), [*node.args, *node.kwargs.values()]
+        if name in SCATTERED:
+            return values if any(how in options for how in SCATTERED[name]) else []
+        if name in ("cat", "concat", "concatenate"):  # along an axis of their own
+            values = [cast("fx.Node", arg.args[0]) for arg in values if name_of(arg) == "unsqueeze"]
+        elif name != "stack":
+            return []
+        later = {name_of(n) for user in node.users for n in (user, *user.users)}  # itself, or what is times weights
+        return values if later & SUMMED else []
+
     def _sums(self) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:
         """Return the additions of two values that descend from one: that one, whether it is one of them, has weights.
 
-        Sums without weights of values that are both computed count for nothing, such as those in a rotation. A stack
-        of a state and a value, or the one scattered into the other, counts as an addition: a later sum makes it one.
+        Sums without weights of values that are both computed count for nothing, such as those in a rotation.
         """
         found = {}
         for node in sorted(self.active, key=self.order.__getitem__):
             pair, name = self.operands(node), name_of(node)
-            values = [operand for operand, _ in pair or []]
-            added = name == "index_put" and True in (*node.args, *node.kwargs.values())
-            if pair is None and (added or name in (*MERGES, *SCATTERED)):
-                values = [arg for arg in node.all_input_nodes if arg in self.active]
-                if name.startswith("c"):  # only what is concatenated along an axis of its own
-                    values = [cast("fx.Node", arg.args[0]) for arg in values if name_of(arg) == "unsqueeze"]
+            values = self._stacked(node) if pair is None else [operand for operand, _ in pair]
             if len(set(values)) < 2:
                 continue
             early, *_, late = sorted(map(self.itself, values), key=self.order.__getitem__)
@@ -632,12 +639,10 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
             f"{name} has no residual unit, but {what}, as a DenseNet, a U-Net or a ShuffleNet has: no chain of skip + "
             'branch computes them. Unravel a part that is residual, or name plain units by hand: units="layers.*"'
         )
-    mixed = [node for node in sums if reading.operands(node) is None]
-    if mixed and mixed == sums:
+    if sums and all(reading.operands(node) is None for node in sums):
         return (
-            f"{name} adds a state to its branch by a sum over a stack, or by scattering ({len(mixed)} times, first in "
-            f"{place(reading, mixed[0])}), which is not taken apart: write x + f(x), or name the blocks and say what "
-            "each computes beside its skip: units=…, branch=…, skip=…"
+            f"{name} adds a state to its branch by a sum over a stack, or by scattering ({len(sums)} times, first in "
+            f"{place(reading, sums[0])}): write x + f(x), or say what each block computes: units=…, branch=…, skip=…"
         )
     if sums:
         number = f"{len(sums)} addition{'s' * (len(sums) > 1)}"

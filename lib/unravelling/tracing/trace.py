@@ -66,8 +66,8 @@ def preserved(model: nn.Module, weights: bool = False) -> Iterator[None]:
     raised after a block in which one changed.
     """
     parts = [part for m in model.modules() for part in (vars(m), *vars(m).values()) if isinstance(part, (dict, list))]
-    before, buffers, plain = [copy.copy(part) for part in parts], copies_of_buffers(model), _copies(_plain(model))
-    parameters = _copies(model.named_parameters() if weights else ())
+    before, parameters = [copy.copy(part) for part in parts], dense_copies(model.named_parameters() if weights else ())
+    buffers, plain = dense_copies(model.named_buffers()), dense_copies(_plain(model))
     configs = [getattr(m, "config", None) for m in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.is_cuda} - {None}
     with torch.random.fork_rng(devices=sorted(devices)), ExitStack() as stack:
@@ -102,15 +102,10 @@ def _plain(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((str(i), t) for i, t in enumerate(tree_leaves(values)) if isinstance(t, Tensor) and not t.requires_grad)
 
 
-def _copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the dense tensors that have values by name, each with a copy: others cannot be compared."""
+def dense_copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the dense tensors that have values, by name, each with a copy: others cannot be compared."""
     dense = {name: t for name, t in named if t.layout == torch.strided and not t.is_meta}
     return {name: (tensor, tensor.detach().clone()) for name, tensor in dense.items()}
-
-
-def copies_of_buffers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return a model's dense buffers by name, each with a copy."""
-    return _copies(model.named_buffers())
 
 
 # ---------------------------------------------------------------- graphs
