@@ -146,6 +146,14 @@ def checksum(weights: Path | Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def origin(path: Path) -> str:
+    """Return the checksum of the weights in a file or, where it is a copy in half precision, of those it was made from.
+
+    The shipped copies of large networks are rounded so; what is measured on them belongs to the same training.
+    """
+    return header(path).get("source") or checksum(path)
+
+
 def about_weights(path: Path, **expected: object) -> dict[str, Any]:
     """Return the header of a weights file, or raise ValueError where it is damaged or another network's."""
     found = header(path)

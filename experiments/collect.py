@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from cells import KEYS, ROOT, about_weights, checksum, follow, read_json
+from cells import KEYS, ROOT, about_weights, follow, origin, read_json
 from filelock import FileLock
 from matrix import TARGETS, TRAINING, Row, configuration, rows
 from unravelling import load, save
@@ -221,7 +221,7 @@ def _ship(row: Row, runs: Path, new: Path, measured: str | None) -> None:
         about = about_weights(source, dataset=row.dataset, network=row.network, recipe=row.recipe, seed=row.seed)
     except ValueError as error:
         raise Refused(str(error)) from error
-    if (own := checksum(source)) == _shipped(row, new):
+    if (own := origin(source)) == _shipped(row, new):
         return
     if measured not in (own, None):
         raise Refused(f"{source} is not what its cells were measured on: delete those, and measure again")
@@ -230,7 +230,7 @@ def _ship(row: Row, runs: Path, new: Path, measured: str | None) -> None:
     part = path.with_name("part.safetensors")
     part.parent.mkdir(parents=True, exist_ok=True)
     if source.stat().st_size > HALF_LIMIT:
-        kept = {key: value for key, value in about.items() if key not in (*OWN, "network")}
+        kept = {key: value for key, value in about.items() if key not in (*OWN, "network", "half")}
         save(load(source), part, half=True, **kept | {"source": own})
     else:
         shutil.copyfile(source, part)
@@ -249,8 +249,7 @@ def _home(row: Row) -> Path:
 def _shipped(row: Row, data: Path) -> str | None:
     """Return the checksum of the weights that the shipped ones of a row were made from; None if there are none."""
     path = data / _home(row)
-    about = header(path) if path.exists() else {}
-    return about.get("source") or checksum(path) if about.get("recipe") == row.recipe else None
+    return origin(path) if path.exists() and header(path).get("recipe") == row.recipe else None
 
 
 def _drop(recipe: str, new: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from cells import about_weights, checksum, parser, run, write
+from cells import about_weights, checksum, origin, parser, run, write
 from measurements import ENSEMBLE, TABLE
 from unravelling import load
 from unravelling.data import load_dataset
@@ -52,7 +52,9 @@ def measure(options: argparse.Namespace) -> None:
     table = measurement.function(chains if together else chains[0], test, data, options.seed)
     seconds = round(time.perf_counter() - start, 1)
     about = {"data": data.label, "images": words + measurement.note, "seconds": seconds}
-    write(table, options.out, options, about | {"weights": " ".join(map(checksum, options.weights))})
+    if halved := [checksum(path) for path in options.weights if origin(path) != checksum(path)]:
+        about["halved"] = " ".join(halved)
+    write(table, options.out, options, about | {"weights": " ".join(map(origin, options.weights))})
     print(f"{options.network}-seed{options.seed}-{options.recipe}: {options.what}, {seconds:.0f} s", flush=True)
 
 
