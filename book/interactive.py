@@ -74,7 +74,7 @@ def lesion_bench() -> HTML:
         tried = singles[dataset].groupby("network")["seed"].nunique()
         networks = [
             {
-                "name": name.removesuffix("-narrow"),
+                "name": name,
                 "label": _bench_label(name, rows["seed"].nunique(), tried[name]),
                 "seeds": int(rows["seed"].nunique()),
                 "intact": _thousandths(intact_error(rows)),
@@ -143,13 +143,12 @@ def reordering() -> HTML:
     """Return a strip of blocks to move within their stages, beside the errors of the stored orders.
 
     An order is shown with Kendall's τ, overall and within stages (Veit et al., 2016, section 4.3). The stored orders
-    that lie nearest to it are found by τ, for the table does not say which units moved. The narrow VGG is left out: its
-    stages leave almost nothing to move.
+    that lie nearest to it are found by τ, for the table does not say which units moved.
     """
     networks = []
     for dataset, (_, text) in DATASETS.items():
         orders = both("reorder")[dataset]
-        for name, rows in orders[~orders["network"].astype(str).str.endswith("-narrow")].groupby("network"):
+        for name, rows in orders.groupby("network"):
             kinds = both("delete_each")[dataset].query("network == @name").drop_duplicates("unit").sort_values("unit")
             pairs = rows[["tau", "error"]].to_numpy()
             networks.append(

@@ -780,18 +780,36 @@ def test_weights_are_halved_where_large_and_refused_where_too_large(runs, tmp_pa
     assert contents(tmp_path / "data") == before
 
 
+def test_a_copy_in_half_precision_is_measured_as_what_it_was_made_from(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "HALF_LIMIT", 10_000)
+    folder, copied = runs / TOY[0].folder, tmp_path / "runs" / TOY[0].folder
+    collect.collect(TOY[:1], runs, tmp_path / "data")
+    copied.mkdir(parents=True)
+    shutil.copy(tmp_path / "data/weights/digits/resnet8-seed0.safetensors", copied / "weights.safetensors")
+    asked = ["--what", "intact", "--weights", copied / "weights.safetensors", "--out", copied / "intact.csv"]
+    assert measure.main(words(TOY[0], *asked)) == 0
+    record = json.loads((copied / "intact.json").read_text())
+    assert record["weights"] == cells.checksum(folder / "weights.safetensors")
+    assert record["halved"] == cells.checksum(copied / "weights.safetensors") != record["weights"]
+    assert "halved" not in json.loads((folder / "intact.json").read_text())
+    assert collect.collect(TOY[:1], tmp_path / "runs", tmp_path / "data") == []  # beside the tables of its training
+    assert collect.collect(TOY[:1], tmp_path / "runs", tmp_path / "anew") == []
+    home = "weights/digits/resnet8-seed0.safetensors"
+    assert (tmp_path / "data" / home).read_bytes() == (tmp_path / "anew" / home).read_bytes()
+
+
 def test_weights_of_another_recipe_stay_until_it_is_dropped(runs, data):
     home = data / "weights/digits/resnet8-seed0.safetensors"
-    save(build("resnet8", "digits"), home, recipe="brief", seed=0)
+    save(build("resnet8", "digits"), home, recipe="short", seed=0)
     content = home.read_bytes()
     (refused,) = collect.collect(TOY, runs, data)
-    assert "holds recipe brief" in refused
+    assert "holds recipe short" in refused
     assert home.read_bytes() == content
-    assert collect.collect(TOY, runs, data, drop="brief") == []
+    assert collect.collect(TOY, runs, data, drop="short") == []
     assert collect.header(home)["recipe"] == "digits"
     for path in (data / "results/cifar10").glob("*.csv"):
-        assert "brief" not in set(pd.read_csv(path)["recipe"])
-    assert '-brief"' not in (data / "results/cifar10/provenance.json").read_text()
+        assert "short" not in set(pd.read_csv(path)["recipe"])
+    assert '-short"' not in (data / "results/cifar10/provenance.json").read_text()
 
 
 def test_weights_change_their_name_when_their_recipe_becomes_the_ordinary_one(runs, tmp_path, monkeypatch):

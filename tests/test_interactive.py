@@ -75,7 +75,7 @@ def status(page):
 def table(name):
     """A stored table as it lies in its file, rows of the recipe that the book shows."""
     rows = pd.read_csv(ROOT / f"data/results/{name}.csv")
-    return rows[rows["recipe"] == {"digits": "digits", "cifar10": "brief"}[name.split("/")[0]]]
+    return rows[rows["recipe"] == {"digits": "digits", "cifar10": "short"}[name.split("/")[0]]]
 
 
 def percent(part):

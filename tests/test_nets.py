@@ -254,8 +254,8 @@ def test_depths_that_do_not_exist(make, depth, nearest):
         (lambda: build("plain20-projection"), "plain has no variant -projection: it has post"),
         (lambda: build("vgg15-post"), "vgg has no variant -post: it has nobn"),
         (
-            lambda: build("vgg15-narrow"),
-            "unknown network 'vgg15-narrow': expected a name such as resnet110, plain56-post or vgg15-nobn",
+            lambda: build("vgg15-wide"),
+            "unknown network 'vgg15-wide': expected a name such as resnet110, plain56-post or vgg15-nobn",
         ),
         (lambda: build("resnet20", "mnist"), "unknown dataset 'mnist': expected one of digits, cifar10"),
     ],

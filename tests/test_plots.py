@@ -29,7 +29,7 @@ def rows(dataset, networks, seeds, recipe):
 
 @pytest.fixture
 def tables():
-    cifar10 = rows("cifar10", ["resnet110"], 1, "brief")
+    cifar10 = rows("cifar10", ["resnet110"], 1, "short")
     return {"digits": rows("digits", ["resnet110", "plain20"], 3, "digits"), "cifar10": cifar10}
 
 
@@ -42,15 +42,9 @@ def test_side_by_side_draws_what_there_is_and_says_what_there_is_not(tables):
     drawn = [(len(ax.lines), [text.get_text() for text in ax.texts]) for ax in fig.axes]
     assert drawn == [(1, []), (1, []), (1, []), (0, ["not measured yet"])]
     assert [ax.get_title(loc="left") for ax in fig.axes] == [
-        "ResNet-110\ndigits\nrecipe digits, 3 seeds", "ResNet-110\nCIFAR-10\nrecipe brief, seed 0",
+        "ResNet-110\ndigits\nrecipe digits, 3 seeds", "ResNet-110\nCIFAR-10\nrecipe short, seed 0",
         "plain-20\ndigits\nrecipe digits, 3 seeds", "plain-20\nCIFAR-10"]
     assert len(fig.axes[0].lines[0].get_xdata()) == 12
-
-
-def test_side_by_side_shows_a_narrow_network_under_its_own_name(tables):
-    tables["cifar10"] = rows("cifar10", ["vgg15-narrow"], 1, "brief")
-    fig = plots.side_by_side(line, tables, rows=["vgg15"])
-    assert [ax.get_title(loc="left").split("\n")[0] for ax in fig.axes] == ["VGG-15", "VGG-15 narrow"]
 
 
 @pytest.mark.parametrize("missing", [[], ["digits"], ["digits", "cifar10"]])

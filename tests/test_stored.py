@@ -21,7 +21,7 @@ def project(tmp_path, monkeypatch):
     """Networks of two recipes on both data sets; the working directory lies within the project."""
     tables = {
         "digits": rows(("resnet110", 0, "digits"), ("resnet110", 1, "digits"), ("resnet110", 0, "digits-short-paths")),
-        "cifar10": rows(("resnet110", 0, "brief"), ("vgg15-narrow", 0, "brief"), ("plain20", 7, "paper")),
+        "cifar10": rows(("resnet110", 0, "short"), ("vgg15", 0, "short"), ("plain20", 7, "paper")),
     }
     for dataset, table in tables.items():
         folder = tmp_path / "data/results" / dataset
@@ -95,16 +95,9 @@ def test_both_reads_one_recipe_of_the_networks_asked_for_in_the_same_order(proje
     tables = both("delete_each", "resnet110")
     assert list(tables) == ["digits", "cifar10"] == list(DEFAULT_RECIPES)
     assert [keys(table) for table in tables.values()] == [
-        [("resnet110", 0, "digits"), ("resnet110", 1, "digits")], [("resnet110", 0, "brief")]]
+        [("resnet110", 0, "digits"), ("resnet110", 1, "digits")], [("resnet110", 0, "short")]]
     assert [len(table) for table in both("delete_each").values()] == [4, 4]
     assert keys(both("delete_each", recipe="paper")["cifar10"]) == [("plain20", 7, "paper")]
-
-
-def test_both_shows_a_narrow_network_under_its_own_name_until_the_full_one_is_there(project):
-    assert set(both("delete_each", "vgg15")["cifar10"]["network"]) == {"vgg15-narrow"}
-    path = project / "data/results/cifar10/delete_each.csv"
-    pd.concat([pd.read_csv(path), rows(("vgg15", 0, "brief"), dataset="cifar10")]).to_csv(path, index=False)
-    assert set(both("delete_each", "vgg15")["cifar10"]["network"]) == {"vgg15"}
 
 
 def test_what_is_not_stored_has_no_rows_but_the_columns_of_a_network(project):
@@ -123,10 +116,10 @@ def test_the_intact_error_is_the_mean_before_the_lesions():
     [
         (None, None, "CIFAR-10"),
         ({}, None, "CIFAR-10"),
-        ({"a.csv": [{"data": "copy", "seconds": {"resnet110-seed0-brief": 1}}, {"seconds": {}}]}, None, "copy"),
-        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-brief": 1}},
+        ({"a.csv": [{"data": "copy", "seconds": {"resnet110-seed0-short": 1}}, {"seconds": {}}]}, None, "copy"),
+        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-paper": 1}},
                     {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, None, "new and old"),
-        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-brief": 1}},
+        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-paper": 1}},
                     {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
         ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-short-paths": 1}},
                     {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),

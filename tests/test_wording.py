@@ -37,14 +37,14 @@ def table(*keys, **columns):
 def project(tmp_path, monkeypatch):
     """Results of two digits networks with three and two seeds, and of one CIFAR-10 network with one."""
     digits = [("resnet110", seed, "digits") for seed in range(3)] + [("plain20", seed, "digits") for seed in range(2)]
-    made = {"digits": table(*digits), "cifar10": table(("resnet110", 0, "brief")).assign(dataset="cifar10")}
+    made = {"digits": table(*digits), "cifar10": table(("resnet110", 0, "short")).assign(dataset="cifar10")}
     for dataset, rows in made.items():
         folder = tmp_path / "data/results" / dataset
         folder.mkdir(parents=True)
         rows = rows.assign(error=0.3, delta_error=0.2, images=1000)
         rows.to_csv(folder / "delete_random.csv", index=False)
         rows.to_csv(folder / "networks.csv", index=False)
-    record = {"networks.csv": [{"data": "CIFAR-10 (JPEG-75 copy)", "seconds": {"resnet110-seed0-brief": 2}}]}
+    record = {"networks.csv": [{"data": "CIFAR-10 (JPEG-75 copy)", "seconds": {"resnet110-seed0-short": 2}}]}
     (tmp_path / "data/results/cifar10/provenance.json").write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
 
@@ -52,7 +52,7 @@ def project(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("resnet110", "ResNet-110"), ("plain20", "plain-20"), ("vgg15-nobn", "VGG-15 without batch norm"),
-     ("resnet20-post", "ResNet-20 of 2015"), ("vgg15-narrow", "VGG-15 narrow"), ("densenet", "densenet")],
+     ("resnet20-post", "ResNet-20 of 2015"), ("vgg15-wide", "VGG-15 wide"), ("densenet", "densenet")],
 )
 def test_network_labels(name, expected):
     assert network_label(name) == expected
@@ -88,9 +88,9 @@ def test_one_seed_is_said_where_some_network_has_one():
 @pytest.mark.parametrize(
     ("networks", "digits", "cifar10"),
     [
-        (["resnet110"], "digits, recipe digits, 3 seeds", "CIFAR-10 (JPEG-75 copy), recipe brief, seed 0"),
+        (["resnet110"], "digits, recipe digits, 3 seeds", "CIFAR-10 (JPEG-75 copy), recipe short, seed 0"),
         (["resnet110", "plain20"], "digits, recipe digits, 2 to 3 seeds",
-         "CIFAR-10 (JPEG-75 copy), recipe brief, seed 0"),
+         "CIFAR-10 (JPEG-75 copy), recipe short, seed 0"),
         (["plain20"], "digits, recipe digits, 2 seeds", "CIFAR-10"),
     ],
 )
@@ -101,13 +101,13 @@ def test_about_says_images_recipe_and_seeds(project, networks, digits, cifar10):
 
 def test_labels_are_about_all_networks_of_a_recipe(project):
     assert label("digits") == "digits, recipe digits, 2 to 3 seeds"
-    assert label("cifar10") == label("cifar10", "brief") == "CIFAR-10 (JPEG-75 copy), recipe brief, seed 0"
+    assert label("cifar10") == label("cifar10", "short") == "CIFAR-10 (JPEG-75 copy), recipe short, seed 0"
     assert label("cifar10", "paper") == "CIFAR-10, recipe paper, no network yet"
 
 
 def test_pending_names_what_is_missing_where_and_the_command(project):
     tables = both("delete_random", "resnet110", "plain20")
-    text = "Not measured yet on CIFAR-10, recipe brief: plain-20; `make paper` does that."
+    text = "Not measured yet on CIFAR-10, recipe short: plain-20; `make paper` does that."
     assert pending(tables, "resnet110", "plain20") == text
     assert pending(tables, "resnet110") == pending({}, "resnet110") == ""
     assert pending(both("reorder"), "plain20", "vgg15").count("plain-20, VGG-15") == 2
@@ -117,11 +117,11 @@ def test_paragraphs_open_with_what_they_are_about_and_say_once_that_there_is_one
     tables = both("delete_random", "resnet110")
     text = paragraphs(tables, lambda rows: f"{len(rows)} rows.", "resnet110", "vgg15")
     missing = [
-        "Not measured yet on the digits, recipe digits: VGG-15", "Not measured yet on CIFAR-10, recipe brief: VGG-15",
+        "Not measured yet on the digits, recipe digits: VGG-15", "Not measured yet on CIFAR-10, recipe short: VGG-15",
     ]
     assert text.split("\n\n") == [
         "**digits, recipe digits, 3 seeds** (10.0 % intact, 1,000 images): 3 rows.",
-        "**CIFAR-10 (JPEG-75 copy), recipe brief, seed 0** (10.0 % intact, 1,000 images): 1 rows. "
+        "**CIFAR-10 (JPEG-75 copy), recipe short, seed 0** (10.0 % intact, 1,000 images): 1 rows. "
         "One seed: no interval over seeds.",
         " ".join(f"{sentence}; `make paper` does that." for sentence in missing),
     ]

@@ -24,7 +24,7 @@ mount("reordering", (root, status, data) => {
 
   function reset() {
     state.order = network().stages.map((_, i) => i);
-    state.chosen = Math.max(network().stages.findIndex((_, i) => free(i)), 0);
+    state.chosen = Math.max(network().stages.findIndex((kind, i) => free(i) && stage(i + 1) === kind), 0);  // one that can move
     update();
   }
 

@@ -114,14 +114,13 @@ def side_by_side(
     fig, axes = plt.subplots(*shape, figsize=(WIDTH, height * shape[0]), squeeze=False, sharey=True)
     for (line, network), (column, (dataset, table)) in product(enumerate(rows or [""]), enumerate(tables.items())):
         ax = axes[line, column]
-        chosen = table[table["network"].isin([network, f"{network}-narrow"])] if network else table
+        chosen = table[table["network"] == network] if network else table
         if chosen.empty:
             not_measured(ax)
         else:
             draw(chosen, ax)
         title = about(dataset, chosen).replace(", ", "\n", 1)
-        name = network_label(network if chosen.empty else chosen["network"].iloc[0])
-        ax.set_title(f"{name}\n{title}" if network else title, loc="left", fontsize=10.5)
+        ax.set_title(f"{network_label(network)}\n{title}" if network else title, loc="left", fontsize=10.5)
         if column:
             ax.set_ylabel("")
     if len(labels := {ax.get_xlabel() for ax in axes.flat} - {""}) == 1:  # said once, where each would not fit

@@ -15,7 +15,7 @@ KEYS = ["dataset", "network", "seed", "recipe"]
 IMAGES = {"cifar10": "CIFAR-10"}
 """What prose calls a data set, where that differs from its name here."""
 
-DEFAULT_RECIPES = {"digits": "digits", "cifar10": "brief"}
+DEFAULT_RECIPES = {"digits": "digits", "cifar10": "short"}
 """The recipe of the networks that most figures show; others are asked for by name, so that none mixes two unawares."""
 
 
@@ -74,9 +74,7 @@ def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[
     for dataset in DEFAULT_RECIPES:
         known = (data_folder() / f"results/{dataset}/{quantity}.csv").is_file()
         table = stored(f"{dataset}/{quantity}", recipe=recipe) if known else pd.DataFrame(columns=KEYS)
-        there = set(table["network"])
-        names = [name if name in there else f"{name}-narrow" for name in networks]  # measured before the full one
-        tables[dataset] = table[table["network"].isin(names)] if networks else table
+        tables[dataset] = table[table["network"].isin(networks)] if networks else table
     return tables
 
 

@@ -106,17 +106,16 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("digits", epochs=20, batch_size=64, crop=1),
-        Recipe("brief", epochs=4, batch_size=64, weight_decay=5e-4, crop=4, flip=True),
         Recipe("short", epochs=20, lr=0.2, nesterov=True, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
         Recipe("paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True),
     )
 }
 """Recipes by name.
 
-``digits``: half a minute a network. ``brief``: CIFAR-10 in 4 epochs, three quarters of an hour for ResNet-110 on one
-CPU core. ``short``: in 20 epochs. ``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out:
-``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
-``-stochastic-depth``; ``-short-paths-long``, of two of them, updates each branch as often as the recipe, or oftener."""
+``digits``: half a minute a network. ``short``: CIFAR-10 in 20 epochs, half a day of a CPU core for ResNet-110.
+``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out: ``-short-paths``,
+``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and ``-stochastic-depth``;
+``-short-paths-long``, of two of them, updates each branch as often as the recipe, or oftener."""
 _VARIANTS: dict[str, dict[str, Any]] = {
     "short-paths": {"active": 23},
     "short-paths-unscaled": {"active": 23, "rescale": False},
