@@ -35,7 +35,7 @@ EXTRAS = {
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built without the network from a copy, since setuptools leaves files beside the source."""
+    """The wheel, built without the network from a copy, so that no file is left beside the source."""
     copy = tmp_path_factory.mktemp("source")
     unwanted = shutil.ignore_patterns("*.egg-info", "__pycache__")
     for name in ("lib", "tests", "data", "book"):
@@ -425,7 +425,8 @@ def test_types_of_the_library_agree():
     assert done.stdout + done.stderr == ""
 
 
-def test_types_reach_those_who_use_the_library(outside, tmp_path):
+@pytest.mark.parametrize("installed_as", ["wheel", "editable"])  # as `make` installs it for these tests
+def test_types_reach_those_who_use_the_library(installed_as, outside, tmp_path):
     (tmp_path / "use.py").write_text(
         "from unravelling import Chain, delete_each, digits, load\n"
         'chain: Chain = load("digits/resnet20-seed0").without(3)\n'
@@ -433,5 +434,6 @@ def test_types_reach_those_who_use_the_library(outside, tmp_path):
         'chain.without("3")\n'
         'delete_each("digits/resnet20-seed0", digits().test)\n'
     )
-    done = mypy("--python-executable", outside[0], "use.py", cwd=tmp_path)
+    python = {"wheel": outside[0], "editable": sys.executable}[installed_as]
+    done = mypy("--python-executable", python, "use.py", cwd=tmp_path)
     assert [line.split(":")[1] for line in done.stdout.splitlines() if ": error:" in line] == ["4", "5"], done.stdout
