@@ -655,6 +655,25 @@ def test_a_weight_that_is_expanded_over_the_batch_names_its_unit():
     assert [unit.name for unit in quiet(seeded(Bare)).units] == ["weights.0", "weights.1", "weights.2"]
 
 
+def test_a_mixer_without_weights_names_its_unit():
+    class Mixer(nn.Module):
+        def forward(self, x):
+            return x.roll(1, -1) - x
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.mixer, self.after, self.mlp = nn.LayerNorm(8), Mixer(), nn.LayerNorm(8), linear()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            x = x + self.scale * self.mixer(self.before(x))
+            return x + self.mlp(self.after(x))
+
+    names = [unit.name for unit in quiet(seeded(lambda: nn.Sequential(linear(), Layer(), Layer(), linear()))).units]
+    assert names == ["1.mixer", "1.mlp", "2.mixer", "2.mlp"]
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_a_branch_in_which_the_state_itself_is_added_is_not_compared_by_zeros_of_the_state(sign):
     model = net(lambda s, x: x + s.g * (s.a(x) + x if sign > 0 else s.a(x) - x))

@@ -727,16 +727,14 @@ def _name(reading: Reading, stretch: Stretch, stretches: Sequence[Stretch]) -> s
     members = {n for node, _ in stretch.branch for n in reading.between(stretch.start, node)}
     inside = sorted(members, key=reading.order.__getitem__)
     prefix = f"{owner}." if owner else ""
-    below = [
-        [n for _, n in reading.stacks[node] if n != owner and n.startswith(prefix)]
-        for node in inside
-        if reading.weights([node])
-    ]
+    stacks = {node: [n for _, n in reading.stacks[node] if n != owner and n.startswith(prefix)] for node in inside}
+    below = [names for node, names in stacks.items() if reading.weights([node])]
     first = [names[0] for names in below if names]
+    mixers = [names[0] for node, names in stacks.items() if names and node.op != "call_module"]
     if first and not owner and "." not in first[-1]:  # the model's own loop over a list: the entry, not the list
         return next((name for name in below[-1] if "." in name), first[-1])
     own = [target for node in inside for arg in node.all_input_nodes for target in reading.attributes(arg)]
-    return [f"{prefix}{stretch.end.name}", *own, *first][-1]
+    return [f"{prefix}{stretch.end.name}", *own, *mixers, *first][-1]
 
 
 def _zeros(reading: Reading, stretch: Stretch) -> list[tuple[str, int]]:
