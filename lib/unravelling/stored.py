@@ -12,8 +12,8 @@ import pandas as pd
 KEYS = ["dataset", "network", "seed", "recipe"]
 """Columns that tell the rows of a table apart."""
 
-IMAGES = {"cifar10": "CIFAR-10"}
-"""What prose calls a data set, where that differs from its name here."""
+IN_PROSE = {"digits": "the digits", "cifar10": "CIFAR-10"}
+"""What prose calls a data set."""
 
 DEFAULT_RECIPES = {"digits": "digits", "cifar10": "short"}
 """The recipe of the networks that most figures show; others are asked for by name, so that none mixes two unawares."""
@@ -95,4 +95,5 @@ def data_label(dataset: str, *, recipe: str | None = None) -> str:
         made = json.loads(path.read_text(encoding="utf-8")).values() if path.is_file() else []
     runs = [run for table in made for run in table if "data" in run]
     ours = [run for run in runs if f'-{recipe}"' in json.dumps(run)]  # rows are called <network>-seed<seed>-<recipe>
-    return " and ".join(sorted({run["data"] for run in ours or runs})) or IMAGES.get(dataset, dataset)
+    named = " and ".join(sorted({run["data"] for run in ours or runs}))
+    return named or IN_PROSE.get(dataset, dataset).removeprefix("the ")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .stats import seed_band, wilson
-from .stored import DEFAULT_RECIPES, IMAGES, data_label, intact_error, stored
+from .stored import DEFAULT_RECIPES, IN_PROSE, data_label, intact_error, stored
 
 PAPER = "`make paper`"
 """The command that makes the results on CIFAR-10."""
@@ -42,7 +42,7 @@ def seeds(table: pd.DataFrame) -> str:
 def about(dataset: str, table: pd.DataFrame) -> str:
     """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
     if table.empty:
-        return IMAGES.get(dataset, dataset)
+        return IN_PROSE.get(dataset, dataset).removeprefix("the ")
     recipes = sorted(table["recipe"].unique())
     copies = sorted({data_label(dataset, recipe=recipe) for recipe in recipes})
     return f"{listed(copies)}, recipe {listed(recipes)}, {seeds(table)}"
@@ -60,7 +60,7 @@ def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
     sentences = []
     for dataset, table in tables.items():
         if gaps := ", ".join(network_label(name) for name in networks if name not in set(table["network"])):
-            where = f"{IMAGES.get(dataset, f'the {dataset}')}, recipe {DEFAULT_RECIPES[dataset]}"
+            where = f"{IN_PROSE[dataset]}, recipe {DEFAULT_RECIPES[dataset]}"
             sentences.append(f"Not measured yet on {where}: {gaps}; {PAPER} does that.")
     return " ".join(sentences)
 
