@@ -41,8 +41,13 @@ LIBRARY := $(shell find lib/unravelling -name '*.py') $(wildcard book/*.py book/
 DATA := $(shell find data -not -path '*/.*')
 PAGES := _config.yml _toc.yml $(wildcard scripts/*) $(LIBRARY) $(shell find book -type f -not -path '*/.*')
 
-book: _build/html/index.html
-	@echo "open $<"
+# Networks are small: a thread a process, and as many notebooks at a time as JOBS says.
+JOBS ?= 2
+book test: export OMP_NUM_THREADS := 1
+
+book:
+	@$(MAKE) --no-print-directory --jobs $(JOBS) _build/html/index.html
+	@echo "open _build/html/index.html"
 
 notes: .venv/.installed
 	@$(RUN) scripts/book.py prepare $(PARAMETERS)
@@ -74,16 +79,14 @@ ifneq ($(and $(PARAMETERS),$(filter refresh,$(MAKECMDGOALS))),)
 $(error book/ holds the outputs of the parameters as they stand there: make refresh without PARAMETERS)
 endif
 
-# Networks are small: a thread a process. The notebooks run once, as many at a time as JOBS says, and the tests look at
-# these runs and at the pages built from them; so a second `make test` executes only what changed, like `make book`.
-# A short chapter runs once more, by nbval: what compares those runs is itself compared.
-JOBS ?= 2
+# The notebooks run once, and the tests look at these runs and at the pages built from them; so a second `make test`
+# executes only what changed, like `make book`. A short chapter runs once more, by nbval: what compares those runs is
+# itself compared.
 EXACT := 01-residual-connections
-test: export OMP_NUM_THREADS := 1
 test: export LIMITED := 1
 test: .venv/.installed .venv/.experiments
 	$(RUN) -m ruff check .
-	@$(MAKE) --no-print-directory --jobs $(JOBS) book
+	@$(MAKE) --no-print-directory book
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --nbval-lax --nbval-current-env tests $(EXACT:%=book/%.ipynb)
 
 # Snakemake and what it needs are installed for these two and the tests alone. Options and targets go into PAPER, such as

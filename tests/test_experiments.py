@@ -910,9 +910,9 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(tm
         assert "another run is at work" in second.communicate(timeout=240)[0]
     assert second.returncode
     assert not row.exists()
-    for epochs, kind in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), start=1):
-        started = snakemake(folder, row / "collected")
-        until(lambda epochs=epochs: epochs_of(row) >= epochs)
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        before, started = epochs_of(row), snakemake(folder, row / "collected")
+        until(lambda before=before: epochs_of(row) > before)
         children = psutil.Process(started.pid).children(recursive=True)
         assert any("train.py" in " ".join(child.cmdline()) for child in children)
         started.send_signal(kind)

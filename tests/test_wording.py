@@ -68,6 +68,8 @@ def test_numbers_have_a_true_minus_sign_and_no_negative_zero():
     assert number(-0.001, "+.2f") == "0.00"
     assert number(-1e-7, ".1e") == "−1.0e−07"
     assert number(float("nan")) == "nan"
+    assert 100 * 0.0865 < 8.65
+    assert number(100 * 0.0865) == percent([0.0865])[:3] == share(0.0865 * 10_000, 10_000)[:3] == number(8.65) == "8.7"
     assert [rounded(x) for x in (0.0123, 3.14159, 34.4, 12345, -5.55)] == ["0.012", "3.1", "34", "12,000", "−5.5"]
 
 

@@ -131,6 +131,7 @@ def span(values: Any, form: str = ".1f", *, scale: float = 1, unit: str = "") ->
 
 def number(value: float, form: str = ".1f") -> str:
     """Return a number with a true minus sign, and none before a zero."""
+    value = float(f"{value:.12g}") if isinstance(value, float) else value  # 8.65 may come as 8.649999999999999
     text = format(value, form)
     return text.replace("-", "−") if any(digit in text for digit in "123456789n") else text.replace("-", "")
 
@@ -144,7 +145,7 @@ def share(count: float, images: float, *, of: str = "") -> str:
     """Return a share of images with its 95 % Wilson interval: "1.4 % (…)", or "1.4 % of 500 test images (…)"."""
     low, high = wilson(round(count), int(images))
     many = f" of {images:,.0f} {of}" if of else ""
-    return f"{100 * count / images:.1f} %{many} (95 % Wilson interval {100 * low:.1f} to {100 * high:.1f})"
+    return f"{number(100 * count / images)} %{many} (95 % Wilson interval {100 * low:.1f} to {100 * high:.1f})"
 
 
 def error(table: pd.DataFrame, split: str = "test", *, brief: bool = False) -> str:
