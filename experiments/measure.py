@@ -51,10 +51,9 @@ def measure(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     table = measurement.function(chains if together else chains[0], test, data, options.seed)
     seconds = round(time.perf_counter() - start, 1)
-    about = {"data": data.label, "images": words + measurement.note, "seconds": seconds}
-    if halved := [checksum(path) for path in options.weights if origin(path) != checksum(path)]:
-        about["halved"] = " ".join(halved)
-    write(table, options.out, options, about | {"weights": " ".join(map(origin, options.weights))})
+    weights, own = (" ".join(map(of, options.weights)) for of in (origin, checksum))
+    about = {"data": data.label, "images": words + measurement.note, "seconds": seconds, "weights": weights}
+    write(table, options.out, options, about | ({"halved": own} if own != weights else {}))
     print(f"{options.network}-seed{options.seed}-{options.recipe}: {options.what}, {seconds:.0f} s", flush=True)
 
 
