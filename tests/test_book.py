@@ -132,6 +132,25 @@ def test_book_is_built_once_and_a_failing_cell_leaves_the_old_pages(project):
     assert not (project.root / "_build/reports/01-one.ipynb").exists()
 
 
+def test_notebooks_run_side_by_side_with_one_thread_each(project, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    toc = project.root / "_toc.yml"
+    toc.write_text(toc.read_text() + "  - file: book/02-two\n")
+    meet = (  # neither ends before the other has begun
+        "import os, pathlib, time\n"
+        f"here = pathlib.Path({str(project.root)!r})\n"
+        "(here / {mine!r}).touch()\n"
+        "end = time.monotonic() + 120\n"
+        "while not (here / {other!r}).exists():\n"
+        "    assert time.monotonic() < end, 'alone'\n"
+        "    time.sleep(0.1)\n"
+        "print('threads:', os.environ['OMP_NUM_THREADS'])")
+    for name, mine, other in (("01-one", "one", "two"), ("02-two", "two", "one")):
+        small_notebook(project.root / f"book/{name}.ipynb", name, meet.format(mine=mine, other=other))
+    assert sorted(ran(project.make("book"))) == ["01-one", "02-two"]
+    assert "threads: 1" in (project.root / "_build/html/book/02-two.html").read_text()
+
+
 def test_warning_stops_the_pages_and_names_the_file(project):
     assert project.make("pages").returncode == 0
     pages = tree(project.root / "_build/committed")
