@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from unravelling import ensemble, evaluate, lesion, paths
 from unravelling.batches import device_of
 from unravelling.chain import Chain
 from unravelling.data import Dataset, Split
+from unravelling.nets import Average
 
 K = (1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30)
 """Numbers of units that are deleted at random; those that the network has."""
@@ -339,16 +340,26 @@ TABLE = {
 }
 """What is measured on one network, by the name of the file that holds the results."""
 
-ENSEMBLE = {
-    "ensemble": Measurement(
-        lambda chains, test, *_: ensemble.remove_members(*ensemble.predictions(chains, test), range(len(chains)))),
-}
-"""What is measured on several networks of different seeds together: what deleting blocks is compared with."""
+
+
+def without_members(chains: Sequence[Chain], test: Split, *_: object) -> pd.DataFrame:
+    """Return the results of `unravelling.ensemble.remove_members` for networks, or for the members of a joint one."""
+    members = chains[0].units[0].branch.members if is_joint(chains[0]) else chains
+    return ensemble.remove_members(*ensemble.predictions(members, test), range(len(members)))
+
+
+ENSEMBLE = {"ensemble": Measurement(without_members)}
+"""What is measured on several networks together, or on a joint one: what deleting blocks is compared with."""
+
+
+def is_joint(chain: Chain) -> bool:
+    """Return whether a network is an average of members that were trained as one."""
+    return isinstance(chain.units[0].branch, Average)
 
 
 def applicable(chain: Chain) -> list[str]:
     """Return the names of the measurements that make sense for a network."""
-    return [name for name, measurement in TABLE.items() if measurement.applies(chain)]
+    return [*ENSEMBLE] if is_joint(chain) else [name for name, one in TABLE.items() if one.applies(chain)]
 
 
 def _losses(chain: Chain, test: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from unravelling import RECIPES, Dataset, build, digits, load, save
+from unravelling import RECIPES, Dataset, build, digits, evaluate, load, save
 from unravelling.data import write_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -111,8 +111,11 @@ def test_every_row_of_the_matrix_can_be_built_and_measured_as_asked():
 
 def test_ensembles_share_no_member():
     rows = [row for row in matrix.rows(CONFIG, "weights") if row.members]
-    assert [(row.network, row.seed) for row in rows] == [("resnet20x6", i) for i in range(5)]
-    assert sorted(member.seed for row in rows for member in row.members) == list(range(30))
+    for recipe in ("digits", "digits-bagged"):
+        own = [row for row in rows if row.recipe == recipe]
+        assert [(row.network, row.seed) for row in own] == [("resnet20x6", i) for i in range(5)]
+        assert sorted(member.seed for row in own for member in row.members) == list(range(30))
+        assert {member.recipe for row in own for member in row.members} == {recipe}
 
 
 @pytest.mark.parametrize(
@@ -257,6 +260,15 @@ def test_several_networks_make_one_cell(runs, tmp_path):
     assert json.loads(out.with_suffix(".json").read_text())["weights"] == " ".join(
         cells.checksum(Path(f)) for f in files
     )
+
+
+def test_the_members_of_a_joint_network_make_the_same_table(tmp_path):
+    joint, test = build("resnet8-joint2", "digits", width=2), digits().test
+    table = measurements.without_members([joint], test)
+    separate = [build("resnet8", "digits", width=2, seed=seed) for seed in (0, 1)]
+    pd.testing.assert_frame_equal(table, measurements.without_members(separate, test))
+    assert table["error"][0] == evaluate(joint, test)["error"]
+    assert measurements.applicable(joint) == ["ensemble"]
 
 
 # training and cells

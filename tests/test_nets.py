@@ -253,10 +253,12 @@ def test_depths_that_do_not_exist(make, depth, nearest):
         (lambda: build("plain20-nobn"), "plain has no variant -nobn: it has post"),
         (lambda: build("plain20-projection"), "plain has no variant -projection: it has post"),
         (lambda: build("vgg15-post"), "vgg has no variant -post: it has nobn"),
+        (lambda: build("vgg15-wide"), "vgg has no variant -wide: it has nobn"),
         (
-            lambda: build("vgg15-wide"),
-            "unknown network 'vgg15-wide': expected a name such as resnet110, plain56-post or vgg15-nobn",
+            lambda: build("resnet20-joint0"),
+            "unknown network 'resnet20-joint0': expected a name such as resnet110, plain56-post or vgg15-nobn",
         ),
+        (lambda: build("plain20-wide-joint2"), "plain has no variant -wide: it has post"),
         (lambda: build("resnet20", "mnist"), "unknown dataset 'mnist': expected one of digits, cifar10"),
     ],
 )
@@ -327,8 +329,9 @@ def test_convolutions_start_as_he_et_al_initialise_them(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet14", "resnet14-post", "resnet14-post-projection", "resnet14-projection-nobn", "plain14-post", "vgg15-nobn"],
-)
+    ["resnet14", "resnet14-post", "resnet14-post-projection", "resnet14-projection-nobn", "plain14-post", "vgg15-nobn",
+     "resnet8-wide", "resnet14-post-joint2"],
+)  # fmt: skip
 def test_the_config_rebuilds_the_network(name):
     chain = build(name, "digits", width=2, classes=3, seed=4)
     config = dict(chain.config)
@@ -339,6 +342,25 @@ def test_the_config_rebuilds_the_network(name):
     assert all(torch.equal(tensor, state[key]) for key, tensor in chain.state_dict().items())
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(chain.eval()(x), again.eval()(x))
+
+
+def test_a_wide_resnet20_has_about_the_parameters_of_resnet110():
+    nets = build("resnet20-wide", "cifar10"), resnet(20, width=40), resnet(110)
+    wide, same, deep = (sum(p.numel() for p in net.parameters()) for net in nets)
+    assert wide == same
+    assert 0.95 < wide / deep < 1.05
+
+
+def test_joint_networks_are_the_average_of_separate_ones():
+    x = torch.randn(4, 1, 8, 8)
+    joint = build("resnet8-joint3", "digits", width=2, seed=5).eval()
+    members = [build("resnet8", "digits", width=2, seed=seed).eval() for seed in (15, 16, 17)]
+    with torch.no_grad():
+        mean = sum(member(x).double().softmax(1) for member in members) / 3
+        assert torch.allclose(joint(x).double().softmax(1), mean, atol=1e-6)
+    assert len(joint) == 1
+    with pytest.raises(ValueError, match="the unit resnet8-joint3 has no skip"):
+        joint.without(0)(x)
 
 
 def test_build_knows_the_datasets():

@@ -1,11 +1,10 @@
 """Stored results as a reader loads them, on the folder of a made-up project."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from unravelling.stored import DEFAULT_RECIPES, KEYS, both, data_folder, data_label, intact_error, stored
+from unravelling.stored import DEFAULT_RECIPES, KEYS, both, data_folder, intact_error, stored
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,13 +63,6 @@ def test_a_broken_table_is_named(project, content):
             call()
 
 
-def test_a_broken_record_is_named_with_its_line(project):
-    path = project / "data/results/digits/provenance.json"
-    path.write_text('{\n"a": [\n')
-    with pytest.raises(ValueError, match=rf"^{path} is broken \(.*line 3.*\): restore it by git, or install"):
-        data_label("digits")
-
-
 def test_names_that_are_not_stored_are_answered_with_those_that_are(project, tmp_path):
     there = "there are cifar10/delete_each, digits/delete_each$"
     with pytest.raises(FileNotFoundError, match=f"^no stored results 'digits/reorder': {there}"):
@@ -111,33 +103,10 @@ def test_the_intact_error_is_the_mean_before_the_lesions():
     assert intact_error(table) == pytest.approx((0.1 + 0.1 + 0.2) / 3)
 
 
-@pytest.mark.parametrize(
-    ("record", "recipe", "expected"),
-    [
-        (None, None, "CIFAR-10"),
-        ({}, None, "CIFAR-10"),
-        ({"a.csv": [{"data": "copy", "seconds": {"resnet110-seed0-short": 1}}, {"seconds": {}}]}, None, "copy"),
-        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-paper": 1}},
-                    {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, None, "new and old"),
-        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-paper": 1}},
-                    {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
-        ({"a.csv": [{"data": "old", "seconds": {"resnet110-seed0-short-paths": 1}},
-                    {"data": "new", "seconds": {"resnet110-seed0-short": 1}}]}, "short", "new"),
-        ({"a.csv": [{"data": "new"}]}, "short", "new"),
-    ],
-)
-def test_the_label_names_the_copy_that_the_record_names(project, record, recipe, expected):
-    if record is not None:
-        (project / "data/results/cifar10/provenance.json").write_text(json.dumps(record))
-    assert data_label("cifar10", recipe=recipe) == expected
-    assert data_label("digits") == "digits"
-
-
 @pytest.mark.parametrize("dataset", DEFAULT_RECIPES)
-def test_what_the_project_stores_has_keys_and_is_labelled(dataset, monkeypatch):
+def test_what_the_project_stores_has_keys(dataset, monkeypatch):
     monkeypatch.chdir(ROOT)
     for path in sorted((ROOT / "data/results" / dataset).glob("*.csv")):
         table = stored(f"{dataset}/{path.stem}", recipe=None)
         assert list(table.columns[:4]) == KEYS
         assert set(table["dataset"]) == {dataset}
-    assert data_label(dataset).startswith({"cifar10": "CIFAR-10"}.get(dataset, dataset))

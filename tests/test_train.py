@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import traceback
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,9 +103,9 @@ def test_steps_by_hand():
         ({"epochs": 1, "batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"epochs": 1, "schedule": "cosine"}, "recipe 'x': schedule 'cosine' is not one of onecycle, steps"),
         ({"epochs": 1, "precision": "int8"}, "recipe 'x': precision 'int8' is not one of float32, bfloat16, auto"),
-        ({"epochs": 1, "nesterov": "no"}, "recipe 'x': nesterov, flip and rescale must be True or False"),
-        ({"epochs": 1, "flip": None}, "recipe 'x': nesterov, flip and rescale must be True or False"),
-        ({"epochs": 1, "rescale": 0}, "recipe 'x': nesterov, flip and rescale must be True or False"),
+        ({"epochs": 1, "nesterov": "no"}, "recipe 'x': nesterov, flip, bagged and rescale must be True or False"),
+        ({"epochs": 1, "flip": None}, "recipe 'x': nesterov, flip, bagged and rescale must be True or False"),
+        ({"epochs": 1, "rescale": 0}, "recipe 'x': nesterov, flip, bagged and rescale must be True or False"),
     ],
 )
 def test_recipes_that_make_no_sense(options, message):
@@ -313,17 +314,51 @@ def test_the_history_shows_the_network_as_it_is_tested(data):
 
 @pytest.mark.parametrize("name", ["digits", "short", "paper"])
 def test_variants_differ_from_their_recipe_in_what_they_leave_out(name):
-    fields = {"active": None, "survival": None, "rescale": True}
+    fields = {"active": None, "survival": None, "rescale": True, "bagged": False}
     for variant, changes in {
         "short-paths": {"active": 23},
         "short-paths-unscaled": {"active": 23, "rescale": False},
         "stochastic-depth": {"survival": 0.5},
+        "bagged": {"bagged": True},
     }.items():
         recipe = RECIPES[f"{name}-{variant}"]
         assert recipe.name == f"{name}-{variant}"
         assert {key: getattr(recipe, key) for key in fields} == fields | changes
         assert dataclasses.replace(recipe, name=name, **fields) == RECIPES[name]
         assert recipe.nesterov == (name == "short")
+
+
+class Recorder(nn.Module):
+    """A stem that keeps what it is given in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen += [image.numpy().tobytes() for image in x] if self.training else []
+        return x.flatten(1)
+
+
+def test_a_bag_is_drawn_with_replacement_once(data, tmp_path):
+    recipe = Recipe("x", epochs=4, batch_size=50, bagged=True)
+    ordinary = {image.numpy().tobytes() for image in data.train.normalize(data.train.images)}
+    bags = {}
+    for seed in (0, 1):
+        for stop in (4, 1):  # an interrupted training draws the same bag
+            stem = Recorder()
+            chain = Chain(stem, [], nn.Linear(64, 10))
+            path = tmp_path / f"{seed}-{stop}.pt"
+            for _ in range(4 // stop):
+                fit(chain, data, recipe, seed=seed, checkpoint=path, stop_after=stop, progress=False)
+            epochs = [Counter(stem.seen[start : start + 100]) for start in range(0, 400, 100)]
+            assert epochs[0] == epochs[1] == epochs[2] == epochs[3]
+            bags[seed, stop] = epochs[0]
+    assert bags[0, 4] == bags[0, 1] != bags[1, 4] == bags[1, 1]
+    for bag in bags.values():
+        assert set(bag) < ordinary
+        assert 50 < len(bag) < 76  # of 100 images 63 on average, give or take 3
+        assert max(bag.values()) > 2
 
 
 # ---------------------------------------------------------------- resume

@@ -1,6 +1,5 @@
 """Numbers in sentences against values and intervals worked out by hand or by SciPy."""
 
-import json
 
 import numpy as np
 import pandas as pd
@@ -44,8 +43,6 @@ def project(tmp_path, monkeypatch):
         rows = rows.assign(error=0.3, delta_error=0.2, images=1000)
         rows.to_csv(folder / "delete_random.csv", index=False)
         rows.to_csv(folder / "networks.csv", index=False)
-    record = {"networks.csv": [{"data": "CIFAR-10 (JPEG-75 copy)", "seconds": {"resnet110-seed0-short": 2}}]}
-    (tmp_path / "data/results/cifar10/provenance.json").write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
 
 
@@ -90,9 +87,8 @@ def test_one_seed_is_said_where_some_network_has_one():
 @pytest.mark.parametrize(
     ("networks", "digits", "cifar10"),
     [
-        (["resnet110"], "digits, recipe digits, 3 seeds", "CIFAR-10 (JPEG-75 copy), recipe short, seed 0"),
-        (["resnet110", "plain20"], "digits, recipe digits, 2 to 3 seeds",
-         "CIFAR-10 (JPEG-75 copy), recipe short, seed 0"),
+        (["resnet110"], "digits, recipe digits, 3 seeds", "CIFAR-10, recipe short, seed 0"),
+        (["resnet110", "plain20"], "digits, recipe digits, 2 to 3 seeds", "CIFAR-10, recipe short, seed 0"),
         (["plain20"], "digits, recipe digits, 2 seeds", "CIFAR-10"),
     ],
 )
@@ -103,7 +99,7 @@ def test_about_says_images_recipe_and_seeds(project, networks, digits, cifar10):
 
 def test_labels_are_about_all_networks_of_a_recipe(project):
     assert label("digits") == "digits, recipe digits, 2 to 3 seeds"
-    assert label("cifar10") == label("cifar10", "short") == "CIFAR-10 (JPEG-75 copy), recipe short, seed 0"
+    assert label("cifar10") == label("cifar10", "short") == "CIFAR-10, recipe short, seed 0"
     assert label("cifar10", "paper") == "CIFAR-10, recipe paper, no network yet"
 
 
@@ -123,7 +119,7 @@ def test_paragraphs_open_with_what_they_are_about_and_say_once_that_there_is_one
     ]
     assert text.split("\n\n") == [
         "**digits, recipe digits, 3 seeds** (10.0 % intact, 1,000 images): 3 rows.",
-        "**CIFAR-10 (JPEG-75 copy), recipe short, seed 0** (10.0 % intact, 1,000 images): 1 rows. "
+        "**CIFAR-10, recipe short, seed 0** (10.0 % intact, 1,000 images): 1 rows. "
         "One seed: no interval over seeds.",
         " ".join(f"{sentence}; `make paper` does that." for sentence in missing),
     ]

@@ -137,7 +137,7 @@ class Dataset:
     Attributes:
         name: ``"digits"`` or ``"cifar10"``.
         classes: names of the classes, in the order of the labels.
-        label: names the very copy of the images, such as ``"CIFAR-10 (JPEG copy)"``, for tables and figures.
+        label: names the very copy of the images, such as ``"CIFAR-10 (JPEG copy)"``, for records.
     """
 
     name: str

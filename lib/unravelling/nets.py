@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, Unit, check_number
+from .chain import Chain, NoSkip, Unit, check_number
 
 SHAPES = {"digits": (1, 8), "cifar10": (3, 32)}
 """Channels and side length in pixels of the images of each dataset."""
@@ -170,6 +170,18 @@ def vgg(
         return _initialize(Chain(nn.Identity(), units, head, config))
 
 
+class Average(nn.Module):
+    """Networks that are trained as one: the average that `unravelling.ensemble.average` takes of separate ones."""
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``(B, C, H, W)`` to the log of the members' summed class probabilities, ``(B, K)``."""
+        return torch.stack([member(x).log_softmax(1) for member in self.members]).logsumexp(0)
+
+
 @contextmanager
 def _seeded(seed: int, **sizes: int) -> Iterator[None]:
     """Draw from a seeded generator within a ``with`` block, after a look at sizes; leave the global one as it was."""
@@ -195,19 +207,25 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
     """Return a network by its name, such as ``resnet110``, ``resnet56-post``, ``plain20`` or ``vgg15-nobn``.
 
     Args:
-        name: family and depth, then ``-post`` (2015 form), ``-projection`` or ``-nobn`` (without batch norm).
+        name: family and depth, then ``-post`` (2015 form), ``-projection``, ``-nobn`` (without batch norm) or ``-wide``
+            (2.5 times the channels: ``resnet20-wide`` has the parameters of ``resnet110``); last ``-joint6`` for six
+            such networks trained as one, the `Average` of a single unit.
         dataset: ``"digits"`` or ``"cifar10"``, which sets channels and image size, and the width of a VGG (64 or 128).
-        seed: of the initial weights.
+        seed: of the initial weights; members of a joint network have those of separate ones.
         options: passed to `resnet`, `plain` or `vgg`, over those of the dataset.
 
     Raises:
         ValueError: no such network or dataset.
     """
-    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn))*)", str(name))
+    if joint := re.fullmatch(r"(.+)-joint([1-9]\d?)", str(name)):
+        members = [build(joint[1], dataset, seed=seed * int(joint[2]) + i, **options) for i in range(int(joint[2]))]
+        unit = Unit(Average(members), NoSkip(name), residual=False, name="members")
+        return Chain(nn.Identity(), [unit], nn.Identity(), (members[0].config or {}) | {"name": name})
+    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn|wide))*)", str(name))
     if not match:
         raise ValueError(f"unknown network {name!r}: expected a name such as resnet110, plain56-post or vgg15-nobn")
     family, depth, suffixes = match[1], int(match[2]), set(match[3].split("-")) - {""}
-    allowed = {"resnet": {"post", "projection", "nobn"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
+    allowed = {"resnet": {"post", "projection", "nobn", "wide"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
     if suffixes - allowed:
         raise ValueError(f"{family} has no variant -{min(suffixes - allowed)}: it has {', '.join(sorted(allowed))}")
     if dataset is not None:
@@ -216,7 +234,11 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         channels, size = SHAPES[dataset]
         vgg_only = {"image_size": size, "width": 64 if dataset == "digits" else 128} if family == "vgg" else {}
         options = {"in_channels": channels} | vgg_only | options
-    kinds = {"post": ("preactivation", False), "projection": ("shortcut", "projection"), "nobn": ("batch_norm", False)}
+    kinds: dict[str, tuple[str, Any]] = {"post": ("preactivation", False), "projection": ("shortcut", "projection")}
+    kinds |= {"nobn": ("batch_norm", False), "wide": ("width", 40)}
     options |= dict(kinds[suffix] for suffix in suffixes)
     make: dict[str, Callable[..., Chain]] = {"resnet": resnet, "plain": plain, "vgg": vgg}
-    return make[family](depth, seed=seed, **options)
+    chain = make[family](depth, seed=seed, **options)
+    if "wide" in suffixes:
+        chain.config = chain.config and chain.config | {"name": f"{chain.config['name']}-wide"}
+    return chain

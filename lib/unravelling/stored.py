@@ -1,10 +1,7 @@
-"""The project's stored results: tidy tables of the long experiments, and the record of how. Only read here."""
+"""The project's stored results: tidy tables of the long experiments. Only read here."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -31,14 +28,6 @@ def data_folder() -> Path:
     raise FileNotFoundError(f"no data/results in {here} or above it, or in {library}: install the library anew")
 
 
-@contextmanager
-def _broken_is_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError) as error:  # what pandas and json raise
-        raise ValueError(f"{path} is broken ({error}): restore it by git, or install the library anew") from error
-
-
 def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = "default") -> pd.DataFrame:
     """Return stored results, such as ``stored("digits/delete_each")``.
 
@@ -55,9 +44,11 @@ def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = 
     if not path.is_file():
         there = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.csv"))
         raise FileNotFoundError(f"no stored results {name!r}: there are {', '.join(there) or 'none'}")
-    with _broken_is_named(path):
+    try:
         table = pd.read_csv(path)
         table[KEYS]  # which all have
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is broken ({error}): restore it by git, or install the library anew") from error
     recipe = DEFAULT_RECIPES.get(name.split("/")[0]) if recipe == "default" else recipe
     return table if recipe is None else table[table["recipe"] == recipe].reset_index(drop=True)
 
@@ -81,19 +72,3 @@ def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[
 def intact_error(table: pd.DataFrame) -> float:
     """Return the mean error, as a fraction, of a lesion table's networks before any lesion."""
     return (table["error"] - table["delta_error"]).mean()
-
-
-def data_label(dataset: str, *, recipe: str | None = None) -> str:
-    """Return which copy of the images results were measured on, as ``provenance.json`` says: ``"CIFAR-10 (copy)"``.
-
-    Args:
-        dataset: ``"digits"`` or ``"cifar10"``.
-        recipe: only of networks trained by this recipe; of all when None or when the record does not tell.
-    """
-    path = data_folder() / "results" / dataset / "provenance.json"
-    with _broken_is_named(path):
-        made = json.loads(path.read_text(encoding="utf-8")).values() if path.is_file() else []
-    runs = [run for table in made for run in table if "data" in run]
-    ours = [run for run in runs if f'-{recipe}"' in json.dumps(run)]  # rows are called <network>-seed<seed>-<recipe>
-    named = " and ".join(sorted({run["data"] for run in ours or runs}))
-    return named or IN_PROSE.get(dataset, dataset).removeprefix("the ")

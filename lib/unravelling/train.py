@@ -37,6 +37,7 @@ class Recipe:
         warmup: iterations at a tenth of ``lr`` before ``"steps"`` begins (He et al., 2015, for 110 layers).
         momentum, nesterov, weight_decay: as in `torch.optim.SGD`, on all parameters.
         crop, flip: as in `~unravelling.data.augment`.
+        bagged: whether the training images are drawn anew with replacement, once, by the seed (Breiman, 1996).
         survival: probability with which the last unit's branch takes part in a step, falling to it linearly from 1
             (stochastic depth, Huang et al., 2016); all branches always do when None.
         active: how many branches take part in each step, chosen at random among all units (Veit et al., 2016,
@@ -59,6 +60,7 @@ class Recipe:
     weight_decay: float = 1e-4
     crop: int = 0
     flip: bool = False
+    bagged: bool = False
     survival: float | None = None
     active: int | None = None
     rescale: bool = True
@@ -83,8 +85,8 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
         if self.survival is not None and not (isinstance(self.survival, (int, float)) and 0 < self.survival <= 1):
             raise ValueError(f"recipe {self.name!r}: survival {self.survival!r} is not a probability above 0")
-        if not all(isinstance(value, bool) for value in (self.nesterov, self.flip, self.rescale)):
-            raise TypeError(f"recipe {self.name!r}: nesterov, flip and rescale must be True or False")
+        if not all(isinstance(value, bool) for value in (self.nesterov, self.flip, self.bagged, self.rescale)):
+            raise TypeError(f"recipe {self.name!r}: nesterov, flip, bagged and rescale must be True or False")
         for key, allowed in {"schedule": ("onecycle", "steps"), "precision": ("float32", "bfloat16", "auto")}.items():
             if (value := getattr(self, key)) not in allowed:
                 raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not one of {', '.join(allowed)}")
@@ -113,13 +115,14 @@ RECIPES = {
 """Recipes by name.
 
 ``digits``: half a minute a network. ``short``: CIFAR-10 in 20 epochs, half a day of a CPU core for ResNet-110.
-``paper``: 64k steps as He et al. (2015). Each has variants that leave branches out: ``-short-paths``,
-``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and ``-stochastic-depth``;
-``-short-paths-long``, of two of them, updates each branch as often as the recipe, or oftener."""
+``paper``: 64k steps as He et al. (2015). Each has variants: ``-bagged``, and those that leave branches out,
+``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
+``-stochastic-depth``; ``-short-paths-long``, of two, updates each branch as often as the recipe, or oftener."""
 _VARIANTS: dict[str, dict[str, Any]] = {
     "short-paths": {"active": 23},
     "short-paths-unscaled": {"active": 23, "rescale": False},
     "stochastic-depth": {"survival": 0.5},
+    "bagged": {"bagged": True},
 }
 for _recipe in list(RECIPES.values()):
     for _variant, _options in _VARIANTS.items():
@@ -178,6 +181,9 @@ def fit(
         raise ValueError("data.validation holds no images: training reports on some")
     if max(int(split.labels.max()) for split in (data.train, data.validation) if len(split)) >= len(data.classes):
         raise ValueError(f"a label is beyond the {len(data.classes)} classes of the dataset {data.name!r}")
+    if recipe.bagged:
+        drawn = torch.randint(len(data.train), (len(data.train),), generator=torch.Generator().manual_seed(seed))
+        data = replace(data, train=data.train.take(drawn))
     steps = max(1, len(data.train) // recipe.batch_size)  # if it is none, the first epoch says so
     iterations = recipe.iterations or (recipe.epochs or 0) * steps
     chain.to(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .stats import seed_band, wilson
-from .stored import DEFAULT_RECIPES, IN_PROSE, data_label, intact_error, stored
+from .stored import DEFAULT_RECIPES, IN_PROSE, intact_error, stored
 
 PAPER = "`make paper`"
 """The command that makes the results on CIFAR-10."""
@@ -41,11 +41,8 @@ def seeds(table: pd.DataFrame) -> str:
 
 def about(dataset: str, table: pd.DataFrame) -> str:
     """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
-    if table.empty:
-        return IN_PROSE.get(dataset, dataset).removeprefix("the ")
-    recipes = sorted(table["recipe"].unique())
-    copies = sorted({data_label(dataset, recipe=recipe) for recipe in recipes})
-    return f"{listed(copies)}, recipe {listed(recipes)}, {seeds(table)}"
+    images = IN_PROSE.get(dataset, dataset).removeprefix("the ")
+    return images if table.empty else f"{images}, recipe {listed(sorted(table['recipe'].unique()))}, {seeds(table)}"
 
 
 def label(dataset: str, recipe: str = "default") -> str:
