@@ -239,6 +239,6 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
     options |= dict(kinds[suffix] for suffix in suffixes)
     make: dict[str, Callable[..., Chain]] = {"resnet": resnet, "plain": plain, "vgg": vgg}
     chain = make[family](depth, seed=seed, **options)
-    if "wide" in suffixes:
-        chain.config = chain.config and chain.config | {"name": f"{chain.config['name']}-wide"}
+    if "wide" in suffixes and chain.config:
+        chain.config["name"] += "-wide"
     return chain
