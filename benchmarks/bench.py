@@ -199,7 +199,7 @@ def gradients(rounds: int) -> Tables:
 # ---------------------------------------------------------------- training
 
 
-def ordinary_epoch(network: str, data: Dataset, batch_size: int, workers: int) -> None:
+def ordinary_epoch(network: str, data: Dataset, batch_size: int, workers: int, device: str = "cpu") -> None:
     """Train one epoch the ordinary way: DataLoader, torchvision's transforms image by image, float32, NCHW."""
     height = data.train.images.shape[-1]
     transform = v2.Compose(
@@ -219,12 +219,14 @@ def ordinary_epoch(network: str, data: Dataset, batch_size: int, workers: int) -
     loader = DataLoader(
         Images(data.train.images.contiguous(), data.train.labels), batch_size, True, num_workers=workers, drop_last=True
     )
-    chain = build(network, "cifar10")
+    chain = build(network, "cifar10").to(device)
     optimizer = torch.optim.SGD(chain.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
     for x, y in loader:
         optimizer.zero_grad()
-        cross_entropy(chain(x), y).backward()
+        loss = cross_entropy(chain(x.to(device)), y.to(device))
+        loss.backward()
         optimizer.step()
+    loss.item()  # waits for a GPU
 
 
 def noise_dataset(count: int) -> Dataset:
@@ -262,6 +264,21 @@ def training(rounds: int) -> Tables:
         }
         label = network.replace("resnet", "ResNet-")
         yield compare(f"one epoch of {count} images", f"{label}, 32 × 32, batch {recipe.batch_size}", arms, rounds)
+
+
+def training_on_gpu(rounds: int) -> Tables:
+    """The same on a GPU: bfloat16 and a CUDA graph, beside the ordinary loop in PyTorch's own float32."""
+    recipe, device = RECIPES["short"], "cuda"
+    data = noise_dataset(12_800)
+    for network in ("resnet20", "resnet56", "resnet110"):
+        chain = build(network, "cifar10").to(device)
+        arms: Arms = {
+            "fit, graph": lambda c=chain: fit(c, data, recipe, stop_after=1, progress=False, graph=True),
+            "DataLoader and torchvision": lambda n=network: ordinary_epoch(n, data, recipe.batch_size, 8, device),
+        }
+        label = network.replace("resnet", "ResNet-")
+        work = f"one epoch of {len(data.train)} images on a GPU"
+        yield compare(work, f"{label}, 32 × 32, batch {recipe.batch_size}", arms, rounds)
 
 
 # ---------------------------------------------------------------- tracing, importing
@@ -352,7 +369,8 @@ def profiles(rounds: int) -> Tables:
         yield pd.DataFrame(rows).assign(work=f"profile of {work}", setting=setting, rounds=1)
 
 
-GROUPS = {f.__name__: f for f in (deletions, many, gradients, training, tracing, importing, growth, profiles)}
+ON_CPU = (deletions, many, gradients, training, tracing, importing, growth, profiles)
+GROUPS = {f.__name__: f for f in (*ON_CPU, *([training_on_gpu] if torch.cuda.is_available() else []))}
 
 
 def commit() -> str:
@@ -389,7 +407,8 @@ def main() -> None:
         for table in GROUPS[name](options.rounds):
             print(table.drop(columns=["work", "rounds"]).to_string(index=False), flush=True)
             rows.append(table)
-        table = pd.concat(rows).assign(group=name, **told)
+        gpu = f", {torch.cuda.get_device_name()}" if name == training_on_gpu.__name__ else ""
+        table = pd.concat(rows).assign(group=name, **told | {"hardware": told["hardware"] + gpu})
         earlier = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame({"group": []})
         whole = pd.concat([earlier[earlier["group"] != name], table]) if len(earlier) else table
         temporary = RESULTS.with_suffix(".tmp")

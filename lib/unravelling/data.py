@@ -105,10 +105,10 @@ class Split:
         check_device(device)
         if size > len(self):
             raise ValueError(f"a batch of {size} images needs at least as many: this split has {len(self)}")
-        order = torch.randperm(len(self), generator=generator)
+        order = torch.randperm(len(self), generator=generator).to(device)
+        images, labels = self.images.to(device), self.labels.to(device)  # a GPU cuts its own batches
         for chosen in order.split(size)[: len(self) // size]:
-            x = augment(self.images[chosen], generator, crop=crop, flip=flip)
-            yield self.normalize(x.to(device)), self.labels[chosen].to(device)
+            yield self.normalize(augment(images[chosen], generator, crop=crop, flip=flip)), labels[chosen]
 
     def take(self, chosen: Tensor) -> Split:
         """Return the split of the images with the given indices ``(M,)``."""
@@ -155,10 +155,11 @@ def augment(images: Tensor, generator: torch.Generator, *, crop: int = 0, flip: 
     if crop := check_number(crop=crop):
         top, left = torch.randint(2 * crop + 1, (2, b, 1), generator=generator)
         padded = torch.nn.functional.pad(images, (crop,) * 4)
-        rows, columns = top + torch.arange(h), left + torch.arange(w)
-        images = padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        chosen = torch.arange(b)[:, None, None], (top + torch.arange(h))[:, :, None], (left + torch.arange(w))[:, None]
+        image, row, column = (index.to(images.device) for index in chosen)
+        images = padded[image, :, row, column].permute(0, 3, 1, 2)
     if flip:
-        mirrored = torch.rand(b, generator=generator) < 0.5
+        mirrored = torch.rand(b, generator=generator).to(images.device) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images
 

@@ -236,12 +236,13 @@ def _train_epoch(
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and _has_fast_bfloat16(device))
     loss_sum, wrong = torch.zeros((), device=device), torch.zeros((), device=device)
     batches = data.train.shuffled(recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device)
+    thin = _thinner(chain, recipe)
     chain.train()
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         with named_failure(x), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits = thinned(chain, recipe, generator)(move(x, chain))
+            logits = thin(generator)(move(x, chain))
         if logits.shape != (len(y), logits.shape[-1]) or logits.shape[-1] < classes:
             shape = tuple(logits.shape)
             raise ValueError(f"the network returns {shape} for {len(y)} images of {classes} classes: expected (B, K)")
@@ -294,16 +295,26 @@ def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
     The result shares the chain's parameters; the generator decides which branches are left out. Raises ValueError for
     more active units than there are, or for a plain unit, which has no skip to be left with.
     """
+    return _thinner(chain, recipe)(generator)
+
+
+def _thinner(chain: Chain, recipe: Recipe) -> Callable[[torch.Generator], Chain]:
+    """Return `thinned` for one chain and recipe: what units become is made once, not in every step."""
     probability = _probabilities(chain, recipe)
     if probability is None:
-        return chain
-    if recipe.active is not None:
-        keep = torch.randperm(len(chain), generator=generator).argsort() < recipe.active
-    else:
-        keep = torch.rand(len(chain), generator=generator) < probability
-    factor = 1 / probability if recipe.rescale else torch.ones(len(chain))
-    kept = zip(chain.units, keep.tolist(), factor.tolist(), strict=True)
-    return chain.with_units((unit.scaled(f) if f != 1 else unit) if k else unit.deleted() for unit, k, f in kept)
+        return lambda generator: chain
+    factors = 1 / probability if recipe.rescale else torch.ones(len(chain))
+    there = [unit.scaled(f) if f != 1 else unit for unit, f in zip(chain.units, factors.tolist(), strict=True)]
+    gone = [unit.deleted() for unit in chain.units]
+
+    def thin(generator: torch.Generator) -> Chain:
+        if recipe.active is not None:
+            keep = torch.randperm(len(chain), generator=generator).argsort() < recipe.active
+        else:
+            keep = torch.rand(len(chain), generator=generator) < probability
+        return chain.with_units(pair[k] for *pair, k in zip(gone, there, keep.tolist(), strict=True))
+
+    return thin
 
 
 def as_tested(chain: Chain, recipe: Recipe) -> Chain:
