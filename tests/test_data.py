@@ -250,6 +250,18 @@ def test_shuffled_batches_follow_the_generator():
     assert not torch.equal(first[0], other[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_cuts_the_batches_that_a_processor_cuts():
+    here, there = (
+        list(digits().train.shuffled(64, torch.Generator().manual_seed(2), crop=2, flip=True, device=device))
+        for device in ("cpu", "cuda")
+    )
+    for (x, y), (xx, yy) in zip(here, there, strict=True):
+        assert xx.is_cuda
+        assert torch.equal(y, yy.cpu())
+        assert torch.allclose(x, xx.cpu(), rtol=1e-6, atol=1e-6)
+
+
 def test_a_batch_larger_than_the_split():
     with pytest.raises(ValueError, match=r"^a batch of 11 images needs at least as many: this split has 10$"):
         next(numbered().shuffled(11, torch.Generator()))

@@ -405,7 +405,7 @@ def test_two_epochs_are_one_and_a_resumed_one_to_the_last_bit(data, tmp_path, re
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_steps_that_a_graph_repeats_are_the_same_steps(data, tmp_path, precision):
+def test_steps_that_a_graph_repeats_on_a_gpu_are_the_same_steps(data, tmp_path, precision):
     recipe = dataclasses.replace(TINY, batch_size=8, precision=precision)
     histories = [
         fit(net().cuda(), data, recipe, progress=False, graph=graph, checkpoint=tmp_path / f"{graph}.pt")
@@ -415,6 +415,14 @@ def test_steps_that_a_graph_repeats_are_the_same_steps(data, tmp_path, precision
     assert losses[0] == pytest.approx(losses[1], rel=0.005)  # cuDNN may add up in another order from run to run
     here = fit(net(1), data, recipe, progress=False, checkpoint=tmp_path / "True.pt")  # on the processor
     pd.testing.assert_frame_equal(here, histories[1], check_exact=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{"active": 2}, {"survival": 0.5, "rescale": False}])
+def test_a_gpu_leaves_the_same_branches_out(data, options):
+    recipe = dataclasses.replace(TINY, **options)
+    here, there = (fit(net().to(device), data, recipe, progress=False) for device in ("cpu", "cuda"))
+    assert there["train_loss"].tolist() == pytest.approx(here["train_loss"].tolist(), rel=0.005)
 
 
 def test_without_a_gpu_there_is_no_graph(data):
