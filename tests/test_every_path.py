@@ -33,7 +33,7 @@ from unravelling import (
 )
 from unravelling.lesion import evaluate_variants
 from unravelling.paths import count, length_distribution, surviving
-from unravelling.train import thinned
+from unravelling.train import thinning
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import measurements
@@ -255,7 +255,7 @@ def states_kept(chain, part):
 def test_a_step_trains_the_scaled_rest_of_the_network(kind, options):
     chain, (x, _) = small(kind, DOUBLE), images(dtype=DOUBLE)
     recipe, n = Recipe("some", epochs=1, **options), len(chain)
-    part = thinned(chain, recipe, torch.Generator().manual_seed(5))
+    part = thinning(chain, recipe)(torch.Generator().manual_seed(5))
     kept = states_kept(chain, part)
     y = chain.stem(x)
     for i, unit in enumerate(chain.units):
@@ -268,10 +268,10 @@ def test_a_step_trains_the_scaled_rest_of_the_network(kind, options):
 def test_how_often_a_branch_takes_part():
     chain, generator = small("pre"), torch.Generator().manual_seed(0)
     n, steps = len(chain), 600
-    exactly = [states_kept(chain, thinned(chain, Recipe("m", epochs=1, active=4), generator)) for _ in range(steps)]
+    exactly = [states_kept(chain, thinning(chain, Recipe("m", epochs=1, active=4))(generator)) for _ in range(steps)]
     assert {sum(kept) for kept in exactly} == {4}
     decaying = [
-        states_kept(chain, thinned(chain, Recipe("p", epochs=1, survival=0.4), generator)) for _ in range(steps)
+        states_kept(chain, thinning(chain, Recipe("p", epochs=1, survival=0.4))(generator)) for _ in range(steps)
     ]
     for found, p in (
         (np.mean(exactly, 0), np.full(n, 4 / n)),
@@ -298,11 +298,11 @@ def test_recipes_that_leave_out_what_they_cannot():
     with pytest.raises(ValueError, match="survival 0 is not a probability above 0"):
         Recipe("none", epochs=1, survival=0)
     with pytest.raises(ValueError, match="needs 7 active units: this chain has 6"):
-        thinned(small("pre"), Recipe("many", epochs=1, active=7), torch.Generator())
+        thinning(small("pre"), Recipe("many", epochs=1, active=7))(torch.Generator())
     with pytest.raises(ValueError, match="this network has units without a skip"):
-        thinned(small("plain"), Recipe("plain", epochs=1, active=2), torch.Generator())
+        thinning(small("plain"), Recipe("plain", epochs=1, active=2))(torch.Generator())
     chain = small("pre")
-    assert thinned(chain, RECIPES["digits"], torch.Generator()) is chain
+    assert thinning(chain, RECIPES["digits"])(torch.Generator()) is chain
 
 
 # --- what later works say -------------------------------------------------------------------------------------------

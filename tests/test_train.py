@@ -23,7 +23,7 @@ from torch import nn
 from unravelling import RECIPES, Chain, Dataset, Recipe, Split, cifar10, digits, evaluate, fit, load, resnet, save
 from unravelling import train as train_module
 from unravelling.data import checksum, load_dataset
-from unravelling.train import as_tested, thinned
+from unravelling.train import as_tested, thinning
 from unravelling.weights import header
 
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=0.1, crop=1, flip=True)
@@ -303,7 +303,7 @@ def test_branches_that_are_not_rescaled_in_training_are_at_test_time(options):
     chain, (x, _) = small("pre"), images()
     recipe = Recipe("x", epochs=1, rescale=False, **options)
     with torch.no_grad():
-        part, tested = thinned(chain, recipe, torch.Generator().manual_seed(5)), as_tested(chain, recipe)
+        part, tested = thinning(chain, recipe)(torch.Generator().manual_seed(5)), as_tested(chain, recipe)
         states = zip(chain.trace(x)[:-1], chain.units, part.units, tested.units, strict=True)
         for i, (y, unit, thin, test) in enumerate(states):
             f = unit(y) - unit.skip(y)

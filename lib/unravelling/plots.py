@@ -115,10 +115,7 @@ def side_by_side(
     for (line, network), (column, (dataset, table)) in product(enumerate(rows or [""]), enumerate(tables.items())):
         ax = axes[line, column]
         chosen = table[table["network"] == network] if network else table
-        if chosen.empty:
-            not_measured(ax)
-        else:
-            draw(chosen, ax)
+        draw(chosen, ax) if len(chosen) else not_measured(ax)
         title = about(dataset, chosen).replace(", ", "\n", 1)
         ax.set_title(f"{network_label(network)}\n{title}" if network else title, loc="left", fontsize=10.5)
         if column:
@@ -128,9 +125,8 @@ def side_by_side(
         for ax in axes.flat:
             ax.set_xlabel("")
     if legend:
-        found = (ax.get_legend_handles_labels() for ax in axes.flat)
-        entries: tuple[list, list] = next((entry for entry in found if entry[0]), ([], []))
-        fig.legend(*entries, loc="outside upper center", ncols=legend)
+        found = filter(any, (ax.get_legend_handles_labels() for ax in axes.flat))
+        fig.legend(*next(found, ([], [])), loc="outside upper center", ncols=legend)
     return fig
 
 
@@ -248,8 +244,7 @@ def unravelled_diagram(n: int = 3, *, off: Iterable[int] = (), ax: Axes | None =
         _arrow(ax, (0, y), (2 * n + 0.1, y), dead)
         for i in taken:
             _box(ax, (2 * i - 1, y), f"$f_{i}$", dead, height=0.44)
-        text = f"length {len(taken)}"
-        ax.text(2 * n + 0.3, y, text, va="center", fontsize=11, color="0.45" if dead else "black")
+        ax.text(2 * n + 0.3, y, f"length {len(taken)}", va="center", fontsize=11, color="0.45" if dead else "black")
     ax.text(-0.15, -0.31 * (len(paths) - 1), "input", ha="right", va="center", fontsize=12)
     ax.set(xlim=(-1.2, 2 * n + 2), ylim=(-0.62 * len(paths) + 0.2, 0.4))
     ax.axis("off")

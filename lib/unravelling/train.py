@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,9 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "stochastic-depth": {"survival": 0.5},
     "bagged": {"bagged": True},
 }
-for _recipe in list(RECIPES.values()):
-    for _variant, _options in _VARIANTS.items():
-        _name = f"{_recipe.name}-{_variant}"
-        RECIPES[_name] = replace(_recipe, name=_name, **_options)
+for _recipe, (_variant, _options) in product(list(RECIPES.values()), _VARIANTS.items()):
+    _name = f"{_recipe.name}-{_variant}"
+    RECIPES[_name] = replace(_recipe, name=_name, **_options)
 for _name, _epochs in (("digits-short-paths", 60), ("short-short-paths", 47)):  # of 20, where 23 of 54 are active
     RECIPES[f"{_name}-long"] = replace(RECIPES[_name], name=f"{_name}-long", epochs=_epochs)
 
@@ -236,13 +236,13 @@ def _train_epoch(
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and _has_fast_bfloat16(device))
     loss_sum, wrong = torch.zeros((), device=device), torch.zeros((), device=device)
     batches = data.train.shuffled(recipe.batch_size, generator, crop=recipe.crop, flip=recipe.flip, device=device)
-    thin = _thinner(chain, recipe)
+    draw = thinning(chain, recipe)
     chain.train()
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         with named_failure(x), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits = thin(generator)(move(x, chain))
+            logits = draw(generator)(move(x, chain))
         if logits.shape != (len(y), logits.shape[-1]) or logits.shape[-1] < classes:
             shape = tuple(logits.shape)
             raise ValueError(f"the network returns {shape} for {len(y)} images of {classes} classes: expected (B, K)")
@@ -289,32 +289,25 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def thinned(chain: Chain, recipe: Recipe, generator: torch.Generator) -> Chain:
-    """Return the part of a chain that one step trains: all of it, unless the recipe has ``survival`` or ``active``.
+def thinning(chain: Chain, recipe: Recipe) -> Callable[[torch.Generator], Chain]:
+    """Return what draws the part of a chain that a step trains: all, unless the recipe has ``survival`` or ``active``.
 
-    The result shares the chain's parameters; the generator decides which branches are left out. Raises ValueError for
-    more active units than there are, or for a plain unit, which has no skip to be left with.
+    A draw shares the chain's parameters; the generator decides which branches it leaves out. Raises ValueError for more
+    active units than there are, or for a plain unit, which has no skip to be left with.
     """
-    return _thinner(chain, recipe)(generator)
-
-
-def _thinner(chain: Chain, recipe: Recipe) -> Callable[[torch.Generator], Chain]:
-    """Return `thinned` for one chain and recipe: what units become is made once, not in every step."""
     probability = _probabilities(chain, recipe)
     if probability is None:
         return lambda generator: chain
-    factors = 1 / probability if recipe.rescale else torch.ones(len(chain))
-    there = [unit.scaled(f) if f != 1 else unit for unit, f in zip(chain.units, factors.tolist(), strict=True)]
+    factors = (1 / probability).tolist() if recipe.rescale else [1.0] * len(chain)
+    there = [unit.scaled(f) if f != 1 else unit for unit, f in zip(chain.units, factors, strict=True)]
     gone = [unit.deleted() for unit in chain.units]
 
-    def thin(generator: torch.Generator) -> Chain:
-        if recipe.active is not None:
-            keep = torch.randperm(len(chain), generator=generator).argsort() < recipe.active
-        else:
-            keep = torch.rand(len(chain), generator=generator) < probability
+    def draw(generator: torch.Generator) -> Chain:
+        drawn = (torch.randperm if recipe.active else torch.rand)(len(chain), generator=generator)
+        keep = drawn.argsort() < recipe.active if recipe.active else drawn < probability
         return chain.with_units(pair[k] for *pair, k in zip(gone, there, keep.tolist(), strict=True))
 
-    return thin
+    return draw
 
 
 def as_tested(chain: Chain, recipe: Recipe) -> Chain:
@@ -322,7 +315,7 @@ def as_tested(chain: Chain, recipe: Recipe) -> Chain:
 
     That is the chain itself, unless the recipe left branches out without ``rescale``: then every branch is multiplied
     by the probability with which it took part in a step (Huang et al., 2016, equation 5). Parameters are shared; errors
-    are those of `thinned`.
+    are those of `thinning`.
     """
     probability = _probabilities(chain, recipe)
     if probability is None or recipe.rescale:
