@@ -55,6 +55,7 @@ def test_every_way_to_remove_members_is_tried_once():
         assert row.error == pytest.approx(wrong.mean())
         assert row.delta_error == pytest.approx(wrong.mean() - whole.mean())
         assert row.loss == pytest.approx(nll_loss(probability.log(), torch.from_numpy(labels)).item())
+        assert row.confidence == pytest.approx(probability.max(-1).values.mean().item())
         votes = logits[sorted(subset)].argmax(-1)
         pairs = [(a != b).mean() for a, b in itertools.combinations(votes, 2)]
         assert row.disagreement == pytest.approx(np.mean(pairs)) if pairs else math.isnan(row.disagreement)

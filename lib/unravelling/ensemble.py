@@ -54,8 +54,9 @@ def remove_members(
 
     Returns:
         One row a choice, with ``removed``, ``trial``, ``kept`` (members that are left, from 0, separated by spaces),
-        their ``disagreement`` (NaN for one), then the columns of `unravelling.lesion.summarize`, where the intact
-        network is the whole ensemble.
+        their ``disagreement`` (NaN for one), ``confidence`` (the mean probability of the class that their average
+        chooses; calibrated ones have one minus the error), then the columns of `unravelling.lesion.summarize`, where
+        the intact network is the whole ensemble.
 
     Raises ValueError where nothing would be left, or there are no trials.
     """
@@ -70,14 +71,12 @@ def remove_members(
         left = members - check_number(None, removed=number)
         if not 0 < left <= members:
             raise ValueError(f"cannot remove {number} of {members} members: leave at least one")
-        if trials is None:
-            choices = [list(choice) for choice in combinations(range(members), left)]
-        else:
-            choices = [sorted(random.choice(members, left, replace=False).tolist()) for _ in range(trials)]
-        for trial, kept in enumerate(choices):
-            row = {"removed": number, "trial": trial, "kept": " ".join(map(str, kept))}
-            rows.append(row | {"disagreement": disagreement(logits[kept]) if left > 1 else np.nan})
+        drawn = (sorted(random.choice(members, left, replace=False).tolist()) for _ in range(trials or 0))
+        for trial, kept in enumerate(map(list, combinations(range(members), left)) if trials is None else drawn):
             averages.append(average(logits[kept]))
+            row = {"removed": number, "trial": trial, "kept": " ".join(map(str, kept))}
+            row |= {"disagreement": disagreement(logits[kept]) if left > 1 else np.nan}
+            rows.append(row | {"confidence": np.exp(averages[-1].max(-1)).mean()})
     return pd.DataFrame(rows).join(summarize(*score(np.stack(averages), labels)))
 
 
