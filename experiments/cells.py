@@ -26,7 +26,7 @@ import torch
 import unravelling
 from filelock import FileLock, Timeout
 from torch import Tensor
-from unravelling.data import check_device, read_tensors, write_atomically
+from unravelling.data import check_device, check_path, read_tensors, write_atomically
 from unravelling.nets import SHAPES
 from unravelling.stored import KEYS
 from unravelling.train import RECIPES
@@ -68,6 +68,7 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace,
             raise ValueError(f"--out {options.out} is a folder: name a file")
         if options.out.suffix != suffix:
             raise ValueError(f"--out {options.out}: expected a file that ends with {suffix}")
+        options.out = check_path(out=options.out)
         if options.out.exists():
             print(f"{options.out}: done already")
             return 0

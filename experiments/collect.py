@@ -67,10 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
         known = {row.folder: row for target in reversed(TARGETS) for row in rows(config, target)}
         if unknown := [str(name) for name in options.rows if name not in known]:
             raise ValueError(f"config.yaml has no row {', '.join(unknown)}: name folders such as {next(iter(known))}")
-        if not options.runs.is_dir() and not options.drop:
-            raise ValueError(f"there is no folder {options.runs}: say by --runs where the runs are")
         everything = [row for target in ("paper", "weights") for row in rows(config, target)]
-        chosen = [known[name] for name in options.rows] or everything
+        chosen = [known[name] for name in options.rows] or [row for row in everything if row.recipe != options.drop]
+        if not options.drop and not any((options.runs / row.folder).is_dir() for row in chosen):
+            raise ValueError(f"{options.runs} has no run of any row asked for: say by --runs where the runs are")
         refused = collect(chosen, options.runs, options.data, drop=options.drop)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -253,6 +253,8 @@ def _shipped(row: Row, data: Path) -> str | None:
 
 
 def _drop(recipe: str, new: Path) -> None:
+    """Remove a recipe's rows, records and weights; ValueError if nothing is stored of it."""
+    before = {path: path.stat().st_size for path in _files(new)}
     for folder in (new / "results").iterdir():
         for path in folder.glob("*.csv"):
             table = _table(path)
@@ -264,6 +266,8 @@ def _drop(recipe: str, new: Path) -> None:
     for path in (new / "weights").rglob("*.safetensors"):
         if header(path).get("recipe") == recipe:
             path.unlink()
+    if before == {path: path.stat().st_size for path in _files(new)}:
+        raise ValueError(f"--drop {recipe}: nothing is stored of a recipe of that name")
 
 
 def _of(row: Row, record: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from cells import about_weights, checksum, origin, parser, run, write
-from measurements import ENSEMBLE, TABLE
+from measurements import ENSEMBLE, TABLE, is_joint
 from unravelling import load
 from unravelling.data import load_dataset
 from unravelling.train import RECIPES, as_tested
@@ -40,10 +40,15 @@ def measure(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.what} takes one network: give --weights one file")
     asked = {"dataset": options.dataset, "recipe": options.recipe}
     asked |= {} if together else {"seed": options.seed, "network": options.network}
+    number = len({path.resolve() for path in options.weights})
     for path in options.weights:
-        about_weights(path, **asked)
+        member = about_weights(path, **asked)["network"]
+        if together and options.network != (wanted := f"{member}x{number}" if number > 1 else member):
+            raise ValueError(f"--network {options.network}: {number} different files with {member} are {wanted}")
     data, chains = load_dataset(options.dataset, options.data), [load(path) for path in options.weights]
     chains = [as_tested(chain.to(options.device), RECIPES[options.recipe]) for chain in chains]
+    if together and number == 1 and not is_joint(chains[0]):
+        raise ValueError("an ensemble takes several networks, or one whose members were trained as one")
     measurement = (TABLE | ENSEMBLE)[options.what]
     if not all(map(measurement.applies, chains)):
         raise ValueError(f"{options.what} does not apply to {options.network}: paths need skips, statistics batch norm")

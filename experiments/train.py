@@ -50,6 +50,8 @@ def train(options: argparse.Namespace) -> None:
     """
     name = f"{options.network}-seed{options.seed}-{options.recipe}"
     checkpoint = check_path(checkpoint=options.checkpoint or options.out.with_name("checkpoint.pt"))
+    if checkpoint.suffix != ".pt":
+        raise ValueError(f"--checkpoint {checkpoint}: expected a file that ends with .pt")
     previous, progress = checkpoint.with_suffix(".previous.pt"), checkpoint.with_suffix(".seconds.json")
     recipe, data = RECIPES[options.recipe], load_dataset(options.dataset, options.data)
     chain = build(options.network, options.dataset, seed=options.seed).to(options.device)
@@ -90,12 +92,15 @@ def train(options: argparse.Namespace) -> None:
             errors = f"errors: training {100 * now.train_error:.1f} %, validation {100 * now.validation_error:.1f} %"
             print(f"{name}: epoch {len(history)} of {total}, {sum(seconds[-1:]):.0f} s; {errors}", flush=True)
     _write(chain, data, history, checkpoint, options, sum(seconds))
+    snapshots = [f".{epoch}.{name}.csv" for name, epochs in _snapshots(total).items() for epoch in epochs]
+    for left in (checkpoint, previous, progress, *map(checkpoint.with_suffix, snapshots)):
+        left.unlink(missing_ok=True)
 
 
 def _write(
     chain: Chain, data: Dataset, history: pd.DataFrame, checkpoint: Path, options: argparse.Namespace, seconds: float
 ) -> None:
-    """Write the tables, then the weights, whose presence says that all is there; then drop what is needed no more."""
+    """Write the tables, then the weights, whose presence says that all is there."""
     start = time.perf_counter()
     some = first(data.train, 10_000)
     splits = {"train": some, "validation": data.validation, "test": data.test}
@@ -119,8 +124,6 @@ def _write(
         write(table, options.out.with_name(f"{name}.csv"), options, about | more)
     errors = {f"{split}_error": scores[split]["error"] for split in splits}
     save(chain, options.out, dataset=options.dataset, recipe=options.recipe, seed=options.seed, **errors)
-    for left in checkpoint.parent.glob(f"{checkpoint.stem}.*"):
-        left.unlink()
     print(f"{options.out}: test error {100 * scores['test']['error']:.2f} %, {total:.0f} s", flush=True)
 
 

@@ -265,3 +265,10 @@ def test_eval_mode_gives_every_part_its_mode_back_even_after_an_error():
         assert not any(part.training for part in network.modules())
         raise ZeroDivisionError
     assert snapshot(network) == before
+
+
+def test_two_batches_of_images_in_a_list_are_no_images_with_labels():
+    chain, (x, _) = small("pre"), images(8)
+    anew = [reestimate_batch_norm(chain, [x[:4], x[4:]]), reestimate_batch_norm(chain, iter([x[:4], x[4:]]))]
+    for name, buffer in anew[0].named_buffers():
+        assert torch.equal(buffer, anew[1].get_buffer(name))

@@ -849,3 +849,16 @@ def test_a_checksum_tells_apart_all_that_is_not_equal():
     assert data_module.checksum({"a": 1, "b": (2, 3)}) == data_module.checksum({"b": [2, 3], "a": 1})
     x = torch.arange(6.0).view(2, 3)
     assert data_module.checksum(x.t().contiguous().t()) == data_module.checksum(x)
+
+
+def test_an_image_of_sixteen_bits_is_refused(root):
+    """Pillow would make nearly all of it white."""
+    path = root / "train" / "bird" / "0003.png"
+    Image.fromarray(np.full((32, 32), 30_000, np.uint16)).save(path)
+    with pytest.raises(ValueError, match=r"train/bird/0003\.png is not an image that can be read \(it has 16 bits\)"):
+        cifar10(root, per_class=PER_CLASS)
+
+
+def test_the_folder_that_one_is_in(root, monkeypatch):
+    monkeypatch.chdir(root)
+    assert len(cifar10(".", per_class=PER_CLASS).test) == len(cifar10(root, per_class=PER_CLASS).test) > 0

@@ -172,7 +172,7 @@ def test_losses_that_are_none(function, loss, error, message):
 def test_weights_that_are_nan():
     chain = small("pre")
     nn.init.constant_(chain.units[3].branch[2].weight, math.nan)
-    with pytest.raises(ValueError, match=r"^the loss is NaN: look for NaN in the network's weights"):
+    with pytest.raises(ValueError, match=r"^the network's states are NaN or infinite: look at weights"):
         gradient_by_length(chain, X, Y)
 
 
@@ -217,7 +217,7 @@ CALLS = [
         TypeError,
         "gradients is a ndarray: expected the tensor from gradient_by_length",
     ),
-    (lambda: spectrum(torch.ones(3)), ValueError, "gradients has shape (3,), or holds NaN: expected (n + 1, B, …)"),
+    (lambda: spectrum(torch.ones(3)), ValueError, "gradients has shape (3,), or holds NaN or inf: expected (n + 1, B, …)"),
     (lambda: spectrum(nan_at(0)), ValueError, "gradients has shape (4, 1, 8, 8), or holds NaN"),
     (lambda: count(-1), ValueError, "n must be at least 0, not -1"),
     (lambda: length_distribution(True), TypeError, "n must be a whole number, not True"),
@@ -229,11 +229,11 @@ CALLS = [
     (lambda: Chain(nn.ReLU(), [nn.ReLU()], nn.ReLU()), TypeError, "unit is a ReLU: expected Unit"),
     (lambda: Chain(nn.ReLU(), 3, nn.ReLU()), TypeError, "units is a int: expected Iterable"),
     (lambda: Chain(None, [], nn.ReLU()), TypeError, "stem is a NoneType: expected Module"),
-    (lambda: CHAIN.without("a"), IndexError, "unit a does not exist: this chain has units 0 to 5"),
+    (lambda: CHAIN.without("a"), IndexError, "unit 'a' does not exist: this chain has units 0 to 5"),
     (lambda: CHAIN.without([1, 2]), IndexError, "unit [1, 2] does not exist: this chain has units 0 to 5"),
     (lambda: CHAIN.without(math.nan), IndexError, "unit nan does not exist"),
     (lambda: CHAIN.reordered(3), TypeError, "order is 3: expected several, such as a list of one"),
-    (lambda: CHAIN.reordered(list("abcdef")), IndexError, "unit a does not exist"),
+    (lambda: CHAIN.reordered(list("abcdef")), IndexError, "unit 'a' does not exist"),
     (lambda: predictions(CHAIN, [(X, Y)]), TypeError, "chains is resnet14: 6 units"),
     (lambda: predictions([nn.ReLU()], [(X, Y)]), TypeError, "chain is a ReLU: expected a Chain"),
     (lambda: predictions([CHAIN, CHAIN], iter([(X, Y)])), ValueError, "there are no batches: an iterator can be used"),
@@ -247,7 +247,7 @@ CALLS = [
     (
         lambda: remove_members(np.ones((3, 2, 2)), Y, [1]),
         ValueError,
-        "labels has shape (4,): expected one for each of 2",
+        "labels has shape (4,) and type int64: expected a whole number for each of 2",
     ),
     (lambda: remove_members(np.ones((3, 2, 2)), [0, 1], 1), TypeError, "removed is 1: expected several"),
     (lambda: remove_members(np.ones((3, 2, 2)), [0, 1], [0.5]), TypeError, "removed must be a whole number, not 0.5"),

@@ -109,3 +109,25 @@ def test_random_subnetworks_are_lesions_of_the_right_size(active):
 def test_more_active_units_than_there_are():
     with pytest.raises(ValueError, match="cannot keep 7 units: this chain has 6"):
         random_subnetworks(small("pre"), [images(2)], 7, 2)
+
+
+def test_batches_in_another_order_for_each_member_are_refused():
+    x, _ = images(8, seed=3)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(8) % 4), 4, shuffle=True)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"another order for each member: take a loader without shuffle=True$"):
+        predictions([small("pre")] * 3, loader)
+
+
+@pytest.mark.parametrize("labels", [[0.9, 1.9, 2.9], [True, False, True], [0, 1]])
+def test_labels_that_are_no_classes_of_the_images(labels):
+    logits = np.random.default_rng(0).normal(size=(2, 3, 4))
+    with pytest.raises(ValueError, match=r"^labels has shape .* expected a whole number for each of 3 images$"):
+        remove_members(logits, labels, [1])
+
+
+def test_infinite_logits_have_no_average():
+    logits = np.zeros((2, 3, 4))
+    logits[0, 0, 0] = np.inf
+    with pytest.raises(ValueError, match="not empty and finite"):
+        average(logits)

@@ -262,6 +262,24 @@ def test_several_networks_make_one_cell(runs, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("network", "number", "message"),
+    [
+        ("nonsense", 2, "2 different files with resnet8 are resnet8x2"),
+        ("resnet8x3", 2, "2 different files with resnet8 are resnet8x2"),
+        ("resnet8x2", 1, "1 different files with resnet8 are resnet8"),
+        ("resnet8", 1, "takes several networks, or one whose members were trained as one"),
+    ],
+)
+def test_an_ensemble_is_called_what_it_is(runs, tmp_path, capsys, network, number, message):
+    files = [str(runs / row.folder / "weights.safetensors") for row in TOY][:number]
+    files += files[:1] * (number == 1)  # the same one twice
+    asked = ["--network", network, "--what", "ensemble", "--weights", *files, "--out", str(tmp_path / "cell.csv")]
+    assert measure.main(asked) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_members_of_a_joint_network_make_the_same_table(tmp_path):
     joint, test = build("resnet8-joint2", "digits", width=2), digits().test
     table = measurements.without_members([joint], test)
@@ -824,6 +842,20 @@ def test_weights_of_another_recipe_stay_until_it_is_dropped(runs, data):
     assert '-short"' not in (data / "results/cifar10/provenance.json").read_text()
 
 
+def test_what_is_dropped_is_not_collected_again(runs, tmp_path, capsys):
+    assert collect.collect(TOY, runs, tmp_path) == []
+    asked = ["--runs", str(runs), "--data", str(tmp_path), "--drop"]
+    assert collect.main([*asked, "digits"]) == 0
+    assert not [*tmp_path.rglob("*.csv"), *tmp_path.rglob("*.safetensors")]
+    assert collect.main([*asked, "digits"]) == 2
+    assert "nothing is stored of a recipe of that name" in capsys.readouterr().err
+
+
+def test_a_folder_without_runs_is_named(runs, tmp_path, capsys):
+    assert collect.main(["--runs", str(runs / "digits"), "--data", str(tmp_path / "data")]) == 2
+    assert "has no run of any row asked for: say by --runs where the runs are" in capsys.readouterr().err
+
+
 def test_weights_change_their_name_when_their_recipe_becomes_the_ordinary_one(runs, tmp_path, monkeypatch):
     folder = tmp_path / "weights/digits"
     monkeypatch.setitem(collect.DEFAULT_RECIPES, "digits", "another")
@@ -999,3 +1031,24 @@ def test_float32_is_not_rounded_in_the_convolutions_of_a_gpu(tmp_path, monkeypat
     options, seen = argparse.Namespace(out=tmp_path / "a.csv", threads=None, device="cpu"), []
     assert cells.run(lambda _: seen.append(torch.backends.cudnn.allow_tf32), options, ".csv") == 0
     assert seen == [False]
+
+
+def test_only_its_own_files_are_removed_after_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=1))
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.onnx", "model.1.csv", "model.previous"):
+        Path(name).touch()
+    out = tmp_path / "model.safetensors"
+    assert train.main(words(TOY[0], "--out", out, "--checkpoint", "model.pt")) == 0
+    there = {path.name for path in tmp_path.iterdir()}
+    tables = {f"{name}.{kind}" for name in matrix.TRAINING for kind in ("csv", "json")}
+    assert there - tables == {"model.onnx", "model.1.csv", "model.previous", "model.safetensors"}
+    assert train.main(words(TOY[0], "--out", "other.safetensors", "--checkpoint", "model.seed2")) == 2
+    assert "expected a file that ends with .pt" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_wherever_it_is_written(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights = runs / TOY[0].folder / "weights.safetensors"
+    assert measure.main(words(TOY[0], "--what", "intact", "--weights", weights, "--out=~/cell.csv")) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cell.csv", "cell.json"}

@@ -362,7 +362,7 @@ def test_importance_needs_a_gradient_and_a_branch():
                         (small("pre").without(*range(6)), None)):
         with pytest.raises(ValueError, match=r"^no unit has a branch, or the loss no gradient: compute it from the"):
             taylor_importance(chain, BATCHES, loss)
-    with pytest.raises(ValueError, match=r"^the gradient is NaN"):
+    with pytest.raises(ValueError, match=r"^the gradient is not finite"):
         taylor_importance(small("pre"), BATCHES, lambda logits, y: logits.sum() * torch.nan)
 
 
@@ -615,7 +615,7 @@ def test_k_may_come_from_numpy_or_be_any_sequence(k):
         ({"k": 1, "candidates": [2, 2]}, ValueError, "unit 2 is named more than once: name each unit once"),
         *(
             ({"k": 1, "candidates": junk}, IndexError, f"unit {name} does not exist: this chain has units 0 to 5")
-            for junk, name in [(3.5, 3.5), ([None], None), ("ab", "a"), ([math.nan], "nan"), ([-1], -1), (True, True)]
+            for junk, name in [(3.5, 3.5), ([None], None), ("ab", "'a'"), ([math.nan], "nan"), ([-1], -1), (True, True)]
         ),
         (
             {"k": 1, "candidates": torch.ones(1, 2)},
@@ -992,3 +992,20 @@ def test_labels_of_pixels_are_scored_as_pytorch_does():
         wrong, loss = evaluate_variants(chain, (out, labels), [[~0]])
         assert wrong[0] == pytest.approx((logits.argmax(1) != labels).double().mean((1, 2)).numpy())
         assert loss[0] == pytest.approx(expected.numpy(), rel=1e-12)
+
+
+def test_a_deletion_after_which_the_network_computes_nan_is_refused():
+    """The intact network is fine; of NaN logits the first class would be chosen, and count as right for some."""
+    units = [Unit(Change(lambda y: torch.full_like(y, 5.0))), Unit(Change(lambda y: (y - 3).log()))]
+    chain, batch = Chain(nn.Identity(), units, nn.Linear(3, 3)).eval(), (torch.rand(6, 3), torch.arange(6) % 3)
+    evaluate(chain, batch)
+    with pytest.raises(ValueError, match=r"^logits are NaN: look for NaN in .* of variant 1, where 0 is the intact"):
+        delete_each(chain, batch)
+
+
+def test_importance_is_computed_whatever_mode_the_caller_is_in():
+    chain = small("pre")
+    expected = taylor_importance(chain, BATCHES)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert taylor_importance(chain, BATCHES).equals(expected)

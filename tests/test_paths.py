@@ -675,3 +675,26 @@ def test_too_many_paths_are_refused():
     chain, (x, y) = small("vgg"), images()
     with pytest.raises(ValueError, match=r"^13 units make 2\^13 paths: use gradient_by_length for more than 12$"):
         path_gradients(chain, x, y)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_is_refused(value):
+    chain, (x, y) = small("pre"), images(4)
+    with pytest.raises(ValueError, match=r"^the loss is (infinite|NaN): look for NaN"):
+        gradient_norms(chain, x, y, lambda logits, y: logits.sum() * value)
+    with pytest.raises(ValueError, match="holds NaN or inf"):
+        spectrum(torch.full((3, 2, 4), value))
+    with torch.no_grad():
+        chain.units[0].branch[2].weight.fill_(value)
+    with pytest.raises(ValueError, match=r"^the network's states are NaN or infinite"):
+        canonical_split(chain, x)
+
+
+def test_complex_states_are_refused():
+    """Half of a complex number would otherwise be left out of every norm."""
+    def linear():
+        return nn.Linear(5, 5, dtype=torch.complex64)
+
+    chain = Chain(linear(), [Unit(linear())], nn.Sequential(linear(), Change(torch.abs)))
+    with pytest.raises(TypeError, match=r"^the states are complex"), torch.random.fork_rng():
+        gradient_norms(chain, torch.randn(4, 5, dtype=torch.complex64), torch.arange(4))

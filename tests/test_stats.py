@@ -156,3 +156,9 @@ def test_seed_band_of_one_seed_has_no_ends():
     assert band[["low", "high"]].isna().all(axis=1).tolist() == [True, False]
     half = 12.7062 * 0.25  # t(0.975, 1) and the standard error of two numbers half a unit apart
     assert band["high"][1] == pytest.approx(0.5 + half, rel=1e-5)
+
+
+def test_a_missing_key_is_a_group_of_its_own():
+    """As `reorder` leaves the number of swaps missing for a complete shuffle."""
+    band = seed_band(pd.DataFrame({"swaps": [1, 1, None, None], "tau": [0.9, 0.8, 0.1, 0.2]}), "swaps", "tau")
+    assert band["mean"].tolist() == pytest.approx([0.85, 0.15])

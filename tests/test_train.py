@@ -1,5 +1,6 @@
 """Training: hand computations, exact resume, and faults that must cost no more than the epoch they hit."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -20,7 +21,21 @@ from helpers import images, mix_modes, small, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from unravelling import RECIPES, Chain, Dataset, Recipe, Split, cifar10, digits, evaluate, fit, load, resnet, save
+from unravelling import (
+    RECIPES,
+    Chain,
+    Dataset,
+    Recipe,
+    Split,
+    build,
+    cifar10,
+    digits,
+    evaluate,
+    fit,
+    load,
+    resnet,
+    save,
+)
 from unravelling import train as train_module
 from unravelling.data import checksum, load_dataset
 from unravelling.train import as_tested, thinning
@@ -796,3 +811,21 @@ def test_wrong_arguments_are_refused_by_the_library_itself(data, tmp_path, monke
         assert len(str(problem)) > 20
     elif isinstance(result, dict):
         assert all(value == value for value in result.values()), f"{name}={wrong!r} gives {result}"
+
+
+@pytest.mark.parametrize("milestones", [(32_000,), (0.5, 1.5), ("0.5",), (math.nan,)])
+def test_milestones_are_fractions_of_the_run(milestones):
+    with pytest.raises(ValueError, match=r"milestones .* are not fractions of the run$"):
+        Recipe("steps", iterations=10, schedule="steps", milestones=milestones)
+
+
+def test_training_goes_on_where_the_caller_has_turned_gradients_off():
+    recipe, data = Recipe("x", iterations=2, batch_size=64), digits()
+    weights = []
+    for mode in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
+        chain = build("resnet8", "digits", seed=0)
+        with mode():
+            fit(chain, data, recipe, seed=0)
+        weights.append(torch.cat([p.detach().flatten() for p in chain.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])

@@ -774,3 +774,18 @@ def test_verify_refuses_what_would_compare_nothing(case):
         tolerance = {"tolerance": float("nan"), "negative": -1.0}[case]
     with pytest.raises(ValueError, match="tolerance must be" if tolerance is not None else "logits for x"):
         chain.verify(x, tolerance=tolerance)
+
+
+def test_a_copy_is_compared_with_a_copy_of_the_model():
+    model = Net().eval()
+    chain = copy.deepcopy(unravel(model, X))
+    chain.verify(X)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    chain.verify(X)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 5), torch.zeros(2, 4, dtype=torch.uint8), "text"])
+def test_an_example_that_the_model_cannot_take(x):
+    with pytest.raises(ValueError, match=r"^the model cannot take x, the example of shape"):
+        unravel(Net().eval(), x)

@@ -1267,3 +1267,38 @@ def test_gradients_are_compared_on_few_and_small_images():
     handle.remove()
     assert seen == 3 * [(5, 3, 160, 160)] + 2 * [(2, 3, 64, 64)]  # the model, its graph, the chain; then both again
     assert torch.equal(chain(x), model(x))
+
+
+# ---------------------------------------------------------------- values of the first layer that later ones read
+
+
+class ValueResiduals(nn.Module):
+    """Layers that add the first one's values to their own, as ResFormer's do; with ``mixed``, the first state, too."""
+
+    def __init__(self, mixed):
+        super().__init__()
+        self.i, self.o, self.layers, self.mixed = linear(), linear(), body(add, 4), mixed
+
+    def forward(self, x):
+        y = first = self.i(x)
+        values = None
+        for layer in self.layers:
+            y = 0.9 * y + 0.1 * first if self.mixed else y
+            own = layer.a(layer.ln(y))
+            values = own if values is None else values
+            y = y + layer.b(torch.tanh(0.5 * own + 0.5 * values))
+        return self.o(y)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_values_that_the_first_layer_hands_to_all_others_are_the_stems(mixed):
+    model = seeded(lambda: ValueResiduals(mixed))
+    chain = quiet(model)
+    exact(chain, model, units=4, rounding=1e-6)
+    assert any("outlast" in note for note in chain.notes)
+    for i, layer in enumerate(model.layers):
+        other = copy.deepcopy(model)
+        nn.init.zeros_(other.layers[i].b.weight)
+        nn.init.zeros_(other.layers[i].b.bias)
+        assert torch.allclose(chain.without(i)(X), other(X), atol=1e-6)
+        assert layer.b.weight in set(chain.units[i].branch.parameters())

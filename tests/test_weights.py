@@ -354,3 +354,14 @@ def test_half_precision_halves_the_file_and_rounds_only_matrices_and_kernels(tmp
 def test_every_shipped_file_has_a_checksum(path):
     assert header(path)["checksum"]
     assert len(load(path).units) > 1
+
+
+def test_a_file_that_load_would_not_take_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pt: expected a file that ends with \.safetensors$"):
+        save(small("pre"), tmp_path / "model.pt")
+    chain = small("pre")
+    with torch.no_grad():
+        chain.units[0].branch[2].weight[0, 0] = 1e5  # float16 ends at 65,504
+    with pytest.raises(ValueError, match=r"^units\.0\.branch\.2\.weight is too large for float16"):
+        save(chain, tmp_path / "half.safetensors", half=True)
+    assert not list(tmp_path.iterdir())

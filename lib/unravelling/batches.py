@@ -183,6 +183,7 @@ def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> 
         data = data.batches(device=device_of(chain))
     elif isinstance(data, (Mapping, *array)) or (
         isinstance(data, (tuple, list)) and len(data) == 2 and any(isinstance(part, array) for part in data)
+        and not (isinstance(data[1], Tensor) and data[1].dim() > 3 and data[1].is_floating_point())  # batches of images
     ):
         data = [data]
     if isinstance(data, Dataset) or not isinstance(data, Iterable):

@@ -291,7 +291,7 @@ class Chain(nn.Module):
         for i in indices if isinstance(indices, Iterable) else [indices]:
             single = isinstance(i, (Real, Tensor)) and not isinstance(i, bool) and not getattr(i, "ndim", 0)
             if not single or i % 1 != 0 or not 0 <= i < len(self):  # 2.0 will do
-                raise IndexError(f"unit {i} does not exist: this chain has units 0 to {len(self) - 1}")
+                raise IndexError(f"unit {i!r} does not exist: this chain has units 0 to {len(self) - 1}")
             if int(i) in checked:
                 raise ValueError(f"unit {i} is named more than once: name each unit once")
             checked.append(int(i))

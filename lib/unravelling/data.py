@@ -335,6 +335,8 @@ def _decode(source: Path) -> tuple[dict[str, Tensor], str]:
             raise ValueError(f"{source}: {name} is there twice: pack one copy alone")
         try:
             image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
+            if image.mode.startswith("I"):  # Pillow would make all of them white
+                raise ValueError("it has 16 bits")
             found[name] = np.asarray(image.convert("RGB") if image.size == (32, 32) else ())
         except Exception as error:  # Pillow raises many kinds for a damaged or an overlarge image
             raise ValueError(f"{source}: {name} is not an image that can be read ({error}): copy it again") from error
@@ -377,7 +379,7 @@ def check_path(**path: Any) -> Path:
     ((name, value),) = path.items()
     if not isinstance(value, (str, Path)):
         raise TypeError(f"{name} is a {type(value).__name__}: expected a path")
-    if not Path(value).name or "\0" in str(value):
+    if not str(value) or "\0" in str(value):
         raise ValueError(f"{name} {str(value)!r} names no file or folder")
     return Path(os.path.expanduser(value))
 

@@ -19,6 +19,8 @@ def predictions(chains: Sequence[Chain], data: Split | Batches) -> tuple[np.ndar
     """Return logits ``(members, images, K)`` of several networks on the same images, and labels ``(images,)``."""
     members = [check_chain(chain) for chain in listed(chains=chains)]
     logits = [variant_logits(chain, data, [range(len(chain))]) for chain in members]
+    if not all(np.array_equal(labels, logits[0][1]) for _, labels in logits):
+        raise ValueError("the batches come in another order for each member: take a loader without shuffle=True")
     if len({member.shape for member, _ in logits}) > 1:
         raise ValueError("the members do not have the same classes: their logits differ in shape")
     return np.concatenate([member for member, _ in logits]), logits[0][1]
@@ -32,8 +34,8 @@ def average(logits: np.ndarray) -> np.ndarray:
 
 def _members(logits: np.ndarray, least: int = 1) -> np.ndarray:
     logits = np.asarray(logits)
-    if logits.dtype.kind not in "iuf" or logits.ndim < 2 or not logits.size or np.isnan(logits).any():
-        expected = "(members, images, K), not empty and without NaN, such as predictions returns"
+    if logits.dtype.kind not in "iuf" or logits.ndim < 2 or not logits.size or not np.isfinite(logits).all():
+        expected = "(members, images, K), not empty and finite, such as predictions returns"
         raise ValueError(f"logits has shape {logits.shape} and type {logits.dtype}: expected {expected}")
     if len(logits) < least:
         raise ValueError(f"disagreement needs at least two members, but logits has {len(logits)}")
@@ -63,8 +65,9 @@ def remove_members(
     check_number(1, trials=1 if trials is None else trials)
     logits = _members(logits)
     labels = np.asarray(labels)
-    if labels.shape[:1] != logits.shape[1:2]:
-        raise ValueError(f"labels has shape {labels.shape}: expected one for each of {logits.shape[1]} images")
+    if labels.shape[:1] != logits.shape[1:2] or labels.dtype.kind not in "iu":
+        what = f"shape {labels.shape} and type {labels.dtype}"
+        raise ValueError(f"labels has {what}: expected a whole number for each of {logits.shape[1]} images")
     members, random = len(logits), np.random.default_rng(check_number(seed=seed))
     rows, averages = [], [average(logits)]
     for number in listed(removed=removed):

@@ -38,7 +38,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .batches import move
+from .batches import move, named_failure
 from .chain import Chain, Change, Unit
 from .tracing.parts import Maker, Origin, make_parts, number
 from .tracing.reading import NotABlock, read
@@ -232,7 +232,7 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
             "all, as a tuple or as a dict"
         ) from error
     before, drawn = dense_copies(model.named_buffers()), torch.get_rng_state()
-    with torch.no_grad():
+    with torch.no_grad(), named_failure(x, "the model cannot take x, the example"):
         logits = call(model, x)
     if not isinstance(logits, Tensor):
         raise Unsupported(f"the model returns a {type(logits).__name__}, in which there is no tensor of logits")

@@ -161,6 +161,9 @@ def evaluate_variants(
         for found, _ in _results(chain, data, variants, lambda out, y: _score_batch(out, y, loss), **options)
     ]
     wrong, values, counts = (np.concatenate(scores, 1) for scores in zip(*batches, strict=True))
+    if loss is None and np.isnan(values).any():
+        which = f"of variant {np.isnan(values).any(1).argmax()}, where 0 is the intact network"
+        raise ValueError(f"logits are NaN: look for NaN in weights, statistics and inputs {which}")
     share = _share(counts[0])
     wrong = wrong * share if wrong.dtype.kind == "f" or (counts != 1).any() else wrong.astype(bool)
     return wrong, values * share if loss is None else values
@@ -421,6 +424,7 @@ def _substitute(kind: str, mean: Tensor | None, seed: list[int]) -> Function:
     return change
 
 
+@torch.inference_mode(False)
 def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = None) -> pd.DataFrame:
     """Predict from gradients what each deletion does: to first order in the branch, ⟨∂L/∂y_i, f_i⟩ for each image.
 
@@ -454,8 +458,8 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
             slopes.append(torch.stack(torch.autograd.grad(losses.sum(), list(factors.values()))).cpu().double())
             counts.append(kept)
     slope = torch.cat(slopes, 1).numpy() * (_share(torch.cat(counts).numpy()) if loss is None else 1)
-    if np.isnan(slope).any():
-        raise ValueError("the gradient is NaN: look for NaN in the network's weights, statistics and inputs")
+    if not np.isfinite(slope).all():
+        raise ValueError("the gradient is not finite: look for NaN in the network's weights, statistics and inputs")
     low, high = paired_bootstrap(np.abs(slope))
     table = {"unit": list(factors), "importance": np.abs(slope).mean(1), "importance_low": low, "importance_high": high}
     return _units(chain).merge(pd.DataFrame(table | {"delta_loss": -slope.mean(1)}), how="left")

@@ -164,13 +164,13 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
         to 1, and are NaN where g is 0; with ``per_sample`` also ``sample``.
 
     Raises:
-        TypeError, ValueError: ``gradients`` is no tensor, has fewer than two dimensions, or holds NaN.
+        TypeError, ValueError: ``gradients`` is no tensor, has fewer than two dimensions, or is not finite.
     """
     if not isinstance(gradients, Tensor):
         raise TypeError(f"gradients is a {type(gradients).__name__}: expected the tensor from gradient_by_length")
-    if gradients.dim() < 2 or not gradients.numel() or gradients.isnan().any():
+    if gradients.dim() < 2 or not gradients.numel() or not gradients.isfinite().all():
         shape = tuple(gradients.shape)
-        raise ValueError(f"gradients has shape {shape}, or holds NaN: expected (n + 1, B, …) from gradient_by_length")
+        raise ValueError(f"gradients has shape {shape}, or holds NaN or inf: expected (n + 1, B, …)")
     flat = _double(gradients)
     flat = flat.reshape(*flat.shape[:2], -1) if per_sample else flat.flatten(1)[:, None]
     whole = flat.sum(0)
@@ -471,7 +471,10 @@ def _states(chain: Chain, x: Any, batch_statistics: bool = False) -> list[Tensor
     if not batch_statistics and any(isinstance(m, _BatchNorm) and m.training for m in chain.modules()):
         raise ValueError("batch norm is in training mode, which ties the images of a batch: call chain.eval() first")
     with _nothing_random(device_of(chain)), named_failure(x), torch.no_grad():
-        return chain.trace(x)
+        states = chain.trace(x)
+    if not all(state.isfinite().all() for state in states):
+        raise ValueError("the network's states are NaN or infinite: look at weights, statistics and inputs")
+    return states
 
 
 def _inputs(chain: Chain, x: Any, y: Any, loss: Loss) -> tuple[Any, Any]:
@@ -488,8 +491,9 @@ def _scalar(loss: Loss, logits: Tensor, y: Any) -> Tensor:
         raise TypeError(f"the loss is a {kind} without a gradient: compute it from the logits, in torch")
     if value.numel() != 1:
         raise ValueError(f"the loss must be a scalar, but has shape {tuple(value.shape)}: average or sum it")
-    if value.isnan():
-        raise ValueError("the loss is NaN: look for NaN in the network's weights, or for logits that overflow")
+    if not value.isfinite():
+        what = "NaN" if value.isnan() else "infinite"
+        raise ValueError(f"the loss is {what}: look for NaN in the network's weights, or for logits that overflow")
     return value
 
 
@@ -506,7 +510,9 @@ def _sum(*terms: Any) -> Any:
 
 
 def _double(x: Tensor) -> Tensor:
-    """Return a tensor in float64, on the CPU, since a device may lack it."""
+    """Return a tensor in float64, on the CPU, since a device may lack it; TypeError for complex numbers."""
+    if x.is_complex():
+        raise TypeError("the states are complex, and norms and shares of such gradients are not defined here")
     return x.detach().cpu().double()
 
 

@@ -110,7 +110,7 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
         level: coverage.
 
     Returns:
-        The columns of ``by``, then ``mean``, ``low``, ``high`` and ``seeds``; the ends are NaN for a single seed.
+        The columns of ``by``, then ``mean``, ``seeds``, ``low`` and ``high``; the ends are NaN for a single seed.
         Missing values are no seeds.
 
     Raises TypeError or ValueError where the table lacks a column, or ``value`` holds no numbers.
@@ -126,7 +126,7 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
         if not isinstance(name, Hashable) or name not in table.columns:
             raise ValueError(f"there is no column {name!r:.80} in the table: it has {', '.join(map(str, table))}")
     _numbers(f"the column {value}", table[value])
-    groups = table.groupby(columns, sort=False)[value]
+    groups = table.groupby(columns, sort=False, dropna=False)[value]
     band = groups.agg(mean="mean", std="std", seeds="count").reset_index()
     half = t.ppf((1 + _check_level(level)) / 2, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
     band["low"], band["high"] = band["mean"] - half, band["mean"] + half

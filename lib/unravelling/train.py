@@ -79,9 +79,11 @@ class Recipe:
         if not isinstance(self.milestones, (tuple, list)):
             raise TypeError(f"recipe {self.name!r}: milestones {self.milestones!r} are not fractions in a tuple")
         rates = [(key, getattr(self, key)) for key in ("lr", "momentum", "weight_decay")]
-        for key, value in (*rates, *(("a milestone", value) for value in self.milestones)):
+        for key, value in rates:
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"recipe {self.name!r}: {key} {value!r} is not a finite number of 0 or more")
+        if not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in self.milestones):
+            raise ValueError(f"recipe {self.name!r}: milestones {self.milestones} are not fractions of the run")
         if self.survival is not None and self.active is not None:
             raise ValueError(f"recipe {self.name!r} has both survival and active: choose one way to leave branches out")
         if self.survival is not None and not (isinstance(self.survival, (int, float)) and 0 < self.survival <= 1):
@@ -136,6 +138,7 @@ PARTS = ("identity", "chain", "optimizer", "generator", "history", "checksum")
 """What a checkpoint holds."""
 
 
+@torch.inference_mode(False)  # which also turns gradients on
 def fit(
     chain: Chain, data: Dataset, recipe: Recipe, *, seed: int = 0, checkpoint: str | Path | None = None,
     stop_after: int | None = None, on_epoch: Callable[[int, Chain], None] | None = None, progress: bool = True,
@@ -357,7 +360,7 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
         labels = y.cpu() if isinstance(y, Tensor) else y
         logits = class_last(logits.cpu().double(), labels)  # on the CPU, since a device may lack float64
         missed, losses, kept = scores(logits, labels)
-        if losses.isnan().any():
+        if not losses.isfinite().all():
             raise ValueError("logits are NaN or infinite: look at weights and inputs, or the training has diverged")
         wrong, loss, images = wrong + int(missed.sum()), loss + float(losses.sum()), images + int(kept.sum())
     if not images:

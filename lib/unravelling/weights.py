@@ -35,6 +35,8 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
     """
     check_chain(chain)
     path = check_path(path=path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a file that ends with .safetensors")
     if taken := sorted(header.keys() & set(OWN)):
         raise ValueError(f"the header's entry {taken[0]!r} is written by save itself: choose another name")
     if chain.config is None or any(unit.is_changed or unit.is_deleted for unit in chain.units):
@@ -49,6 +51,8 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
     }
     if half:
         state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in state.items()}
+        if over := [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]:
+            raise ValueError(f"{over[0]} is too large for float16: save it without half=True")
         header["half"] = True
     write_tensors(path, state, header)
     return path

@@ -6,13 +6,14 @@ stream: the stem computes them and leaves them in a `Context` for the units.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class Origin:
     zeros: list[list[tuple[str, int]]] = field(default_factory=list)  # what gives zeros where the branch is deleted
 
     def __deepcopy__(self, memo: dict) -> Origin:
-        return self  # a copy of a chain shares its origin
+        return replace(self, model=copy.deepcopy(self.model, memo))  # whose parameters are those of the copied chain
 
 
 def make_parts(

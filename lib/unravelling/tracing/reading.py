@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -101,28 +102,32 @@ def read(
     names = [traced.inputs[node] for node in used]
     if stream is not None and stream not in names:
         raise Unsupported(f"stream={stream!r} names no input that the model uses: these are {', '.join(names)}")
-    best, most = None, 0
+    best, most, last = None, 0, None
     found: tuple[Reading, list[Stretch], list[str]] | None = None
     refusal = Unsupported("")
-    for source in sorted(used, key=lambda node: traced.inputs[node] not in PREFERRED):
+    sources = sorted(used, key=lambda node: traced.inputs[node] not in PREFERRED)
+    for source, held in product(sources, (False, True)):
         name = traced.inputs[source]
         if name != stream and (stream is not None or (best is not None and "mask" in name)):
             continue
+        if held and found is not None and not _lost(*found[:2]):
+            continue
         if found is not None:
             found[0].restore()  # the next reading starts from the graph as it was
+        last = source, held
         try:
-            found = _read_from(model, Reading(traced, source), blocks, by_hand)
+            found = _read_from(model, Reading(traced, source), blocks, by_hand, held)
         except Unsupported as error:
             found, refusal = None, refusal if str(refusal) else error
             continue
-        if len(found[1]) > most:
-            best, most = source, len(found[1])
+        if len(found[1]) > max(most, held):
+            best, most = last, len(found[1])
     if best is None:
         raise refusal
-    if found is None or found[0].entry is not best:
+    if found is None or last != best:
         if found is not None:
             found[0].restore()
-        found = _read_from(model, Reading(traced, best), blocks, by_hand)
+        found = _read_from(model, Reading(traced, best[0]), blocks, by_hand, best[1])
     reading, stretches, warnings = found
     _share_out(reading, stretches)
     for stretch in stretches:
@@ -131,6 +136,8 @@ def read(
         stretch.zeros = _zeros(reading, stretch)
     serious, notes = _account(reading, stretches)
     warnings += notes[:1] if serious and by_hand is None else []
+    if best[1]:
+        notes.append("later units read values from within the first: the stem computes them, so that they outlast it")
     start = traced.inputs[reading.entry]
     others = [name for name in names if name != start]
     if others:
@@ -143,9 +150,13 @@ def read(
 
 
 def _read_from(
-    model: nn.Module, reading: Reading, blocks: Collection[str], by_hand: Sequence[str] | None
+    model: nn.Module, reading: Reading, blocks: Collection[str], by_hand: Sequence[str] | None, held: bool = False
 ) -> tuple[Reading, list[Stretch], list[str]]:
-    """Find stretches from one input on; where one long way beside holds most of the additions, along that way."""
+    """Find stretches from one input on; where one long way beside holds most of the additions, along that way.
+
+    With ``held``, what later units read from within the first one is computed by the stem, too.
+    """
+    reading = reading.holding() if held else reading
     stretches, causes = _stretches(model, reading, blocks, by_hand)
     best = reading, stretches, causes
     for _ in range(0 if by_hand is not None else 4):  # a long skip may lie within another
@@ -160,7 +171,9 @@ def _read_from(
         reading.restore(best[0])
     reading, stretches, causes = best
     if not stretches:
-        raise Unsupported(_nothing_found(model, reading, causes))
+        why = _nothing_found(model, reading, causes)
+        reading.restore()
+        raise Unsupported(why)
     warnings = _told(reading, causes)
     computed = [s for s in stretches if s.skip and s.branch and not s.exact_skip]
     loaded = [s for s in computed if reading.weights(n for node, _ in s.skip for n in reading.between(s.start, node))]
@@ -259,11 +272,34 @@ class Reading:
         inside = self.between(start, end)
         with self.traced.graph.inserting_after(start):
             state = self.traced.graph.call_function(identity, (start,))
-        state.meta = {key: value for key, value in start.meta.items() if key != "nn_module_stack"}
+        state.meta = {key: value for key, value in start.meta.items() if key not in ("nn_module_stack", "copies")}
         for user in list(start.users):
             if user in inside:
                 user.replace_input_with(start, state)
         return Reading(self.traced, state, self)
+
+    def holding(self) -> Reading:
+        """Return a reading in which what is computed on the way to the first sum, and read after it, is the stem's.
+
+        So are the values of the first attention of a transformer, where every layer adds them to its own. The first
+        unit computes them for itself. Unsupported if there is nothing of the kind.
+        """
+        first = next((node for node in self.order if self.sums.get(node, ())[1:] == (True, True)), self.source)
+        start, *_ = self.sums.get(first, (self.source,))
+        way = self.between(start, first)
+        late = {n: [user for user in n.users if user in self.active - way] for n in way - {first}}
+        needed = {n for node, users in late.items() if users for n in self.between(start, node)}
+        if not needed:
+            raise Unsupported("")
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in sorted(needed, key=self.order.__getitem__):
+            with self.traced.graph.inserting_after(node):
+                copies[node] = self.traced.graph.node_copy(node, lambda arg: copies.get(arg, arg))
+            for user in late[node]:
+                user.replace_input_with(node, copies[node])
+        reading = self.rerooted(start, self.traced.output)
+        reading.source.meta["copies"] = copies
+        return reading
 
     def share_shapes(self, late: Iterable[fx.Node], first: fx.Node) -> bool:
         """Let values that depend on the shape of a later state alone be computed from one before ``first`` like it."""
@@ -298,6 +334,9 @@ class Reading:
             state, self.source = self.source, self.source.args[0]  # type: ignore[assignment]
             state.replace_all_uses_with(self.source)
             self.traced.graph.erase_node(state)
+            for node, copied in reversed(state.meta.get("copies", {}).items()):
+                copied.replace_all_uses_with(node)
+                self.traced.graph.erase_node(copied)
         if reading is not None:
             reading._survey()
 
@@ -573,9 +612,8 @@ def _account(reading: Reading, stretches: list[Stretch]) -> tuple[bool, list[str
     if not lost:
         return False, []
     places: Counter[str] = Counter()
-    serious = False
-    for node, (_, skip, weighted) in lost.items():
-        serious |= skip and weighted
+    units, weighted = sum(bool(s.branch) for s in stretches), [skip for _, skip, loaded in lost.values() if loaded]
+    for node in lost:
         before = [s for s in stretches if reading.order[s.end] <= reading.order[node]]
         around = next((s for s in stretches if node in reading.between(s.start, s.end)), None)
         if around is not None:
@@ -586,8 +624,8 @@ def _account(reading: Reading, stretches: list[Stretch]) -> tuple[bool, list[str
             places[f"what follows {before[-1].name}"] += 1
     told = [f"{name} ({number})" for name, number in places.most_common(4)]
     more = f" and {len(places) - 4} other places" if len(places) > 4 else ""
-    units, inside = sum(bool(s.branch) for s in stretches), f"{', '.join(told)}{more}"
-    text = f"{units} of {units + len(lost)} additions became units; the rest lie in {inside}"
+    text = f"{units} of {units + len(lost)} additions became units; the rest lie in {', '.join(told)}{more}"
+    serious = any(weighted) or units < 2 <= len(weighted)
     if serious:
         text += ". To look into a part, unravel that part of the model alone"
     return serious, [text]
