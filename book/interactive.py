@@ -25,7 +25,7 @@ LIMIT = 150_000
 """The most bytes of data that one figure may hold."""
 
 FALLBACK = (
-    "Here is a figure that answers to clicks and keys where scripts run. The figures beside it show the same without."
+    "This interactive figure needs JavaScript. The figures around it show the same results."
 )
 
 CODES = "".join(chr(c) for c in range(ord("0"), ord("z") + 1) if chr(c).isalnum())
