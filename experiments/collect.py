@@ -225,8 +225,8 @@ def _ship(row: Row, runs: Path, new: Path, measured: str | None) -> None:
         return
     if measured not in (own, None):
         raise Refused(f"{source} is not what its cells were measured on: delete those, and measure again")
-    if path.exists() and header(path).get("recipe") != row.recipe:
-        raise Refused(f"{_home(row)} holds recipe {header(path).get('recipe')}: drop that recipe first")
+    if path.exists() and (held := header(path).get("recipe")) != row.recipe:
+        raise Refused(f"{_home(row)} holds recipe {held}: drop that recipe first")
     part = path.with_name("part.safetensors")
     part.parent.mkdir(parents=True, exist_ok=True)
     if source.stat().st_size > HALF_LIMIT:
@@ -329,11 +329,9 @@ def _cell(path: Path) -> dict[str, Any]:
 def _record(folder: Path) -> dict[str, list[dict[str, Any]]]:
     path = folder / "provenance.json"
     record = read_json(path, RESTORE) if path.exists() else {}
-    try:
+    with contextlib.suppress(AttributeError, LookupError, TypeError):
         if all(isinstance(run["seconds"], dict) for made in record.values() for run in made):
             return record
-    except (AttributeError, LookupError, TypeError):
-        pass
     raise ValueError(f"{path} is no record of tables: {RESTORE}")
 
 

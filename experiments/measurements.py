@@ -69,8 +69,8 @@ def pair_deletions(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Da
 def damage_by_image(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Return the damage matrix: one row a test image, and how much deleting each unit adds to its loss (nats).
 
-    Columns: ``image``, ``label``, ``loss`` of the intact chain, then ``unit0`` and so on. Not rounded, so that margins
-    follow from the losses: log(exp(loss) - 1) is minus the log odds of the true class.
+    Columns: ``image``, ``label``, ``loss`` of the intact chain, then ``unit0`` and so on, so that margins follow from
+    the losses: log(exp(loss) - 1) is minus the log odds of the true class.
     """
     before, after = _losses(chain, test)
     table = {"image": np.arange(len(test)), "label": test.labels.numpy(), "loss": before}
@@ -155,7 +155,7 @@ def trace_free_split(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.
 
 
 def spectrum_in_training(chain: Chain, data: Dataset) -> pd.DataFrame:
-    """Return the exact gradient by path length on 64 validation images, for a network in training.
+    """Return the exact gradient by path length on 64 validation images, for a network as it is trained.
 
     Batch norm statistics are averaged over 256 training images first: the running ones lag behind, and before the first
     step there are none.
@@ -203,14 +203,16 @@ def size_and_direction(chain: Chain, test: Split, data: Dataset, seed: int) -> p
     """
     parts = []
     for x, y in test.batches(100, device_of(chain)):
-        states = chain.trace(x)
-        gradients = torch.autograd.grad(cross_entropy(chain.head(states[-1]), y, reduction="sum"), states[1:])
-        for i, unit in enumerate(chain.units):
-            with torch.no_grad():
-                f, skip = (part(states[i]).flatten(1) for part in (unit.branch, unit.skip))
-                down = -gradients[i].flatten(1)
-                columns = {"ratio": f.norm(dim=1) / skip.norm(dim=1), "cosine": cosine_similarity(f, skip)}
-                columns |= {"descent": cosine_similarity(f, down)}
+        state, terms, totals = chain.stem(x), [], []
+        for unit in chain.units:
+            terms.append((unit.branch(state), unit.skip(state)))
+            totals.append(sum(terms[-1]))
+            state = unit.post(totals[-1])
+        gradients = torch.autograd.grad(cross_entropy(chain.head(state), y, reduction="sum"), totals)
+        for i, (pair, gradient) in enumerate(zip(terms, gradients, strict=True)):
+            f, skip = (part.detach().flatten(1) for part in pair)
+            columns = {"ratio": f.norm(dim=1) / skip.norm(dim=1), "cosine": cosine_similarity(f, skip)}
+            columns |= {"descent": cosine_similarity(f, -gradient.flatten(1))}
             parts.append(pd.DataFrame({"unit": i} | {name: value.cpu().numpy() for name, value in columns.items()}))
     how = {"ratio": "median", "cosine": "mean", "descent": "mean"}
     return pd.concat(parts).groupby("unit", as_index=False).agg(how)
@@ -225,7 +227,7 @@ def shift_of_statistics(chain: Chain, test: Split, data: Dataset, seed: int) -> 
     """
     x, _ = first(data.train, 500).batches(500, device_of(chain))[0]
 
-    def measured(chain: Chain) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    def measured(chain: Chain) -> tuple[list[torch.Tensor], list[torch.Tensor], float, float]:
         with torch.inference_mode():
             states = chain.trace(x)
         mean = [y.mean((0, 2, 3)) for y in states]

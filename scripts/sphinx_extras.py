@@ -42,10 +42,6 @@ def display(self: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-def _line(tag: re.Match[str]) -> str:
-    return "</div>" if tag[1] else '<div class="sig-line">'
-
-
 MENDED = [
     # the icons are there as web fonts as well
     (r'<script [^>]*src="[^"]*fontawesome[^"]*\.js[^"]*"></script>', ""),
@@ -55,7 +51,8 @@ MENDED = [
     # lines end neither between a number and its per cent, outside code, nor between a formula and the comma behind it
     (r"(?s)<(pre|script|style|title)\b.*?</\1>|(?<=\d) (?=%)", lambda found: found[0] if found[1] else "\u00a0"),
     (r"(<math>(?:(?!<math).)*?</math>[,.;:)]+)", r'<span class="tied">\1</span>'),
-    (r"<dl>\n((?:<dd>.*</dd>\n)+)</dl>", lambda found: re.sub(r"<(/?)dd>", _line, found[1])),
+    (r"<dl>\n((?:<dd>.*</dd>\n)+)</dl>",
+     lambda found: found[1].replace("<dd>", '<div class="sig-line">').replace("</dd>", "</div>")),
 ]
 
 

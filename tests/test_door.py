@@ -41,7 +41,7 @@ from unravelling.chain import check_number, listed
 from unravelling.ensemble import average, disagreement, predictions, random_subnetworks, remove_members
 from unravelling.lesion import evaluate_variants, variant_logits
 from unravelling.nets import build
-from unravelling.paths import count, cross_entropy, length_distribution, surviving
+from unravelling.paths import cross_entropy, length_distribution, surviving
 from unravelling.stats import error_difference, paired_bootstrap, seed_band, wilson
 
 X, Y = images(4)
@@ -160,7 +160,7 @@ def test_what_is_no_chain_or_has_no_weights(function, chain, error, message):
         (
             lambda logits, y: logits.sum() * math.nan,
             ValueError,
-            "the loss is NaN: look for NaN in the network's weights",
+            "the loss is NaN or infinite: look for NaN in the network's weights",
         ),
     ],
 )
@@ -206,7 +206,7 @@ CALLS = [
     (lambda: sample_path_gradients(CHAIN, X, Y, [7], 2), ValueError, "no path has length 7: this chain's have lengths"),
     (lambda: sample_path_gradients(CHAIN, X, Y, [1], 2.5), TypeError, "samples must be a whole number, not 2.5"),
     (lambda: sample_path_gradients(CHAIN, X, Y, [1], 1, seed=None), TypeError, "seed must be a whole number, not None"),
-    (lambda: path_norms(CHAIN, X, Y, 0), ValueError, "repeats must be at least 1, not 0"),
+    (lambda: path_norms(CHAIN, X, Y, 0), ValueError, "repeats must be at least 2, not 0"),
     (lambda: path_norms(CHAIN, X, Y, 2, seed=-1), ValueError, "seed must be at least 0, not -1"),
     (lambda: path_norms(CHAIN, X, Y, 2, seed=2**64), ValueError, "seed must be less than 2^63, not 184467440737"),
     (lambda: canonical_split(CHAIN, X, 1), ValueError, "samples must be at least 2, not 1"),
@@ -217,9 +217,9 @@ CALLS = [
         TypeError,
         "gradients is a ndarray: expected the tensor from gradient_by_length",
     ),
-    (lambda: spectrum(torch.ones(3)), ValueError, "gradients has shape (3,), or holds NaN or inf: expected (n + 1, B, …)"),
+    (lambda: spectrum(torch.ones(3)), ValueError, "gradients has shape (3,), or holds NaN or inf: expected"),
     (lambda: spectrum(nan_at(0)), ValueError, "gradients has shape (4, 1, 8, 8), or holds NaN"),
-    (lambda: count(-1), ValueError, "n must be at least 0, not -1"),
+    (lambda: length_distribution(-1), ValueError, "n must be at least 0, not -1"),
     (lambda: length_distribution(True), TypeError, "n must be a whole number, not True"),
     (lambda: surviving(3, 0.5), TypeError, "d must be a whole number, not 0.5"),
     (lambda: surviving(3, 4), ValueError, "cannot delete 4 of 3 units"),
@@ -247,7 +247,7 @@ CALLS = [
     (
         lambda: remove_members(np.ones((3, 2, 2)), Y, [1]),
         ValueError,
-        "labels has shape (4,) and type int64: expected a whole number for each of 2",
+        "labels is array([6, 3, 6, 0]): expected a whole number for each of 2",
     ),
     (lambda: remove_members(np.ones((3, 2, 2)), [0, 1], 1), TypeError, "removed is 1: expected several"),
     (lambda: remove_members(np.ones((3, 2, 2)), [0, 1], [0.5]), TypeError, "removed must be a whole number, not 0.5"),
@@ -258,8 +258,6 @@ CALLS = [
     (lambda: resnet(8, seed=0.5), TypeError, "seed must be a whole number, not 0.5"),
     (lambda: build(20), ValueError, "unknown network 20: expected a name such as resnet110"),
     (lambda: build("resnet20", ["digits"]), ValueError, "unknown dataset ['digits']: expected one of digits, cifar10"),
-    (lambda: wilson(3, 10, level=1.5), ValueError, "level is 1.5: expected a coverage between 0 and 1, such as 0.95"),
-    (lambda: wilson(3, 10, level=math.nan), ValueError, "level is nan: expected a coverage between 0 and 1"),
     (lambda: wilson(math.nan, 10), ValueError, "counts must lie between 0 and 10 images"),
     (lambda: wilson("3", 10), TypeError, "count is '3': expected numbers"),
     (lambda: wilson([[1], [1, 2]], 10), TypeError, "count is no array of numbers: "),
@@ -270,7 +268,6 @@ CALLS = [
     (lambda: paired_bootstrap(["a"]), TypeError, "difference is ['a']: expected numbers"),
     (lambda: paired_bootstrap([1.0], resamples=0), ValueError, "resamples must be at least 1, not 0"),
     (lambda: paired_bootstrap([1.0], seed=-1), ValueError, "seed must be at least 0, not -1"),
-    (lambda: paired_bootstrap([1.0], level=0), ValueError, "level is 0: expected a coverage between 0 and 1"),
     (lambda: seed_band([1], "k", "error"), TypeError, "table is a list: expected a DataFrame"),
     (
         lambda: seed_band(pd.DataFrame({"k": [1]}), "k", "e"),
@@ -325,7 +322,6 @@ FUZZED = {
     canonical_split: {"chain": CHAIN, "x": X, "samples": 2, "seed": 0},
     spectrum: {"gradients": X.detach()},
     cross_entropy: {"logits": torch.ones(4, 10), "y": Y},
-    count: {"n": 3},
     length_distribution: {"n": 3},
     surviving: {"n": 3, "d": 1},
     Unit: {"branch": nn.ReLU(), "skip": None, "post": None},
@@ -335,10 +331,10 @@ FUZZED = {
     resnet: {"depth": 8, "in_channels": 1, "classes": 10, "width": 1, "shortcut": "pad", "seed": 0},
     vgg: {"depth": 15, "in_channels": 1, "classes": 10, "width": 1, "image_size": 8, "seed": 0},
     build: {"name": "resnet8", "dataset": "digits", "seed": 0},
-    wilson: {"count": 1, "images": 10, "level": 0.9},
-    error_difference: {"first": 0.1, "second": 0.2, "images": 10, "level": 0.9},
-    paired_bootstrap: {"difference": np.ones(3), "level": 0.9, "resamples": 3, "seed": 0},
-    seed_band: {"table": TABLE, "by": "k", "value": "e", "level": 0.9},
+    wilson: {"count": 1, "images": 10},
+    error_difference: {"first": 0.1, "second": 0.2, "images": 10},
+    paired_bootstrap: {"difference": np.ones(3), "resamples": 3, "seed": 0},
+    seed_band: {"table": TABLE, "by": "k", "value": "e"},
     inputs_and_labels: {"chain": CHAIN, "batch": (X, Y)},
     average: {"logits": LOGITS},
     disagreement: {"logits": LOGITS},

@@ -999,7 +999,7 @@ def test_a_deletion_after_which_the_network_computes_nan_is_refused():
     units = [Unit(Change(lambda y: torch.full_like(y, 5.0))), Unit(Change(lambda y: (y - 3).log()))]
     chain, batch = Chain(nn.Identity(), units, nn.Linear(3, 3)).eval(), (torch.rand(6, 3), torch.arange(6) % 3)
     evaluate(chain, batch)
-    with pytest.raises(ValueError, match=r"^logits are NaN: look for NaN in .* of variant 1, where 0 is the intact"):
+    with pytest.raises(ValueError, match=r"^logits are NaN: look for NaN in .* of variant 1$"):
         delete_each(chain, batch)
 
 

@@ -680,7 +680,7 @@ def test_too_many_paths_are_refused():
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_what_is_not_finite_is_refused(value):
     chain, (x, y) = small("pre"), images(4)
-    with pytest.raises(ValueError, match=r"^the loss is (infinite|NaN): look for NaN"):
+    with pytest.raises(ValueError, match=r"^the loss is NaN or infinite: look for NaN"):
         gradient_norms(chain, x, y, lambda logits, y: logits.sum() * value)
     with pytest.raises(ValueError, match="holds NaN or inf"):
         spectrum(torch.full((3, 2, 4), value))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from unravelling import gradient_by_length, sample_path_gradients, unravel, weight_spectrum
-from unravelling.tracing.trace import Unsupported
+from unravelling.tracing.trace import Unsupported, _is_layer
 from unravelling.verify import _kinks_aside, compared_gradients, gradients, refuse_unequal
 
 
@@ -1302,3 +1302,47 @@ def test_values_that_the_first_layer_hands_to_all_others_are_the_stems(mixed):
         nn.init.zeros_(other.layers[i].b.bias)
         assert torch.allclose(chain.without(i)(X), other(X), atol=1e-6)
         assert layer.b.weight in set(chain.units[i].branch.parameters())
+
+
+# ---------------------------------------------------------------- what only looks like a layer, an addition or a choice
+
+
+def test_centring_is_no_unit():
+    def centred(s, x):
+        x = add(s, x)
+        x = x - x.mean(-1, keepdim=True)
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    model = net(centred)
+    chain = quiet(model)
+    exact(chain, model, units=3, rounding=1e-6)
+    assert [unit.name for unit in chain.units] == ["1", "2", "3"]
+
+
+def test_blocks_that_live_in_modules_of_torch_are_looked_into():
+    parametrized = net(add)
+    nn.utils.parametrize.register_parametrization(parametrized[2], "g", nn.Identity())
+    exact(quiet(parametrized.eval()), parametrized, units=3, rounding=1e-6)
+    inner = seeded(lambda: nn.Sequential(net(add), nn.DataParallel(net(add))))
+    exact(quiet(inner), inner, units=6, rounding=1e-6)
+    norm = nn.utils.parametrizations.weight_norm(linear())
+    assert _is_layer(norm)
+
+
+def test_a_mask_that_is_asked_whether_it_is_a_tensor():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = body(add)
+
+        def forward(self, x, mask=None):
+            for block in self.blocks:
+                x = x + block.a(x) * (mask.unsqueeze(-1) if torch.is_tensor(mask) else 1)
+            return x
+
+    model, mask = seeded(Masked), torch.ones(2, 5, dtype=torch.long)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    chain = unravel(model, (x, mask))
+    mask[:, 3:] = 0
+    assert torch.equal(chain((x, mask)), model(x, mask))
+    assert len(chain) == 3

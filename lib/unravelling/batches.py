@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
+from .chain import check_kind
 from .data import Dataset, Split
 
 Batches = Iterable[Any]
@@ -64,13 +66,6 @@ def can_stack(chain: nn.Module, images: int, y: Any) -> bool:
     return not mixing and not any(hasattr(part, "context") for part in chain.modules())  # which the stem left
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    for part in x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ():
-        yield from _tensors(part)
-
-
 def check_labels(logits: Tensor, labels: Any) -> None:
     """Raise TypeError or ValueError unless labels ``(…)`` are classes for logits ``(…, K)``, or -100."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
@@ -87,7 +82,7 @@ def check_labels(logits: Tensor, labels: Any) -> None:
 
 def class_last(logits: Tensor, labels: Any) -> Tensor:
     """Return logits ``(…, K)``: the classes of segmentation, ``(B, K, H, W)`` for labels ``(B, H, W)``, are moved."""
-    moved = isinstance(labels, Tensor) and labels.dim() > 2 and logits.shape[:-1] != labels.shape
+    moved = isinstance(labels, Tensor) and labels.dim() > 2 and logits.shape[:1] + logits.shape[2:] == labels.shape
     return logits.movedim(1, -1) if moved else logits
 
 
@@ -111,7 +106,8 @@ def named_failure(x: Any, what: str = "the network cannot take x, inputs") -> It
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in _tensors(x))
+        tensors = (leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{what} of shape {shapes or '()'}: {reason}") from error
 
@@ -141,15 +137,15 @@ def inputs_and_labels(chain: nn.Module, batch: Any, *, labels: bool = True) -> t
         raise ValueError(f"a batch is a {kind}: expected a pair of inputs and labels, or a dict with 'labels'")
     elif several and batch:
         x, y = batch[0], batch[-1]
-    if not isinstance(chain, nn.Module):
-        raise TypeError(f"chain is a {type(chain).__name__}: expected a network, an nn.Module")
+    check_kind(nn.Module, "a network, an nn.Module", chain=chain)
     if device_of(chain).type == "meta":
         raise ValueError("the network's weights are on the device meta, where they have no values: load them first")
     try:
         x, y = move((x, y if labels else None), chain)
     except (TypeError, NotImplementedError) as error:
         raise TypeError(f"x, the inputs, or y, the labels, cannot be brought to the network: {error}") from error
-    tensors, lengths = [*_tensors(x)], [len(part) for part in (x, y) if isinstance(part, Tensor) and part.dim()]
+    tensors = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+    lengths = [len(part) for part in (x, y) if isinstance(part, Tensor) and part.dim()]
     if not tensors and (isinstance(x, (Split, Dataset)) or not hasattr(x, "to")):
         kind = type(x).__name__
         raise TypeError(f"x, the inputs, is a {kind} without a tensor: expected a batch, such as images (B, C, H, W)")

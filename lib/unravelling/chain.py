@@ -26,16 +26,16 @@ def check_number(least: int | None = 0, /, **number: Any) -> int:
     return value
 
 
-def _check_kind(kind: type, **values: Any) -> None:
+def check_kind(kind: Any, expected: str, /, **values: Any) -> None:
+    """Raise TypeError for a value, given by name, of another kind; the message says what was ``expected``."""
     for name, value in values.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{name} is a {type(value).__name__}: expected {kind.__name__}")
+            raise TypeError(f"{name} is a {type(value).__name__}: expected {expected}")
 
 
 def check_chain(chain: Any) -> Chain:
     """Return a chain as it is, or raise TypeError for anything else."""
-    if not isinstance(chain, Chain):
-        raise TypeError(f"chain is a {type(chain).__name__}: expected a Chain, such as unravel(model, x) returns")
+    check_kind(Chain, "a Chain, such as unravel(model, x) returns", chain=chain)
     return chain
 
 
@@ -114,7 +114,7 @@ class Unit(nn.Module):
     ) -> None:
         super().__init__()
         parts = {"branch": branch, "skip": skip, "post": post}
-        _check_kind(nn.Module, **{name: part for name, part in parts.items() if part is not None})
+        check_kind(nn.Module, "Module", **{name: part for name, part in parts.items() if part is not None})
         self.branch = branch
         self.skip = nn.Identity() if skip is None else skip
         self.post = nn.Identity() if post is None else post
@@ -201,11 +201,11 @@ class Chain(nn.Module):
 
     def __init__(self, stem: nn.Module, units: Iterable[Unit], head: nn.Module, config: dict | None = None) -> None:
         super().__init__()
-        _check_kind(nn.Module, stem=stem, head=head)
-        _check_kind(Iterable, units=units)
+        check_kind(nn.Module, "Module", stem=stem, head=head)
+        check_kind(Iterable, "Iterable", units=units)
         units = list(units)
         for unit in units:
-            _check_kind(Unit, unit=unit)
+            check_kind(Unit, "Unit", unit=unit)
         self.stem = stem
         self.units = cast("Sequence[Unit]", nn.ModuleList(units))
         self.head = head
@@ -282,7 +282,7 @@ class Chain(nn.Module):
     def with_units(self, units: Iterable[Unit]) -> Chain:
         """Return a chain of other units between the same stem and head."""
         chain = Chain(self.stem, units, self.head, self.config)
-        chain.training = self.training  # .train() would also set the mode of shared modules
+        chain.training = chain.get_submodule("units").training = self.training  # .train() would set shared modules, too
         return chain
 
     def check_indices(self, indices: Sequence[int]) -> list[int]:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .chain import check_number
+from .chain import check_kind, check_number
 
 SPLITS = ("train", "test")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -335,11 +335,11 @@ def _decode(source: Path) -> tuple[dict[str, Tensor], str]:
             raise ValueError(f"{source}: {name} is there twice: pack one copy alone")
         try:
             image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
-            if image.mode.startswith("I"):  # Pillow would make all of them white
-                raise ValueError("it has 16 bits")
             found[name] = np.asarray(image.convert("RGB") if image.size == (32, 32) else ())
         except Exception as error:  # Pillow raises many kinds for a damaged or an overlarge image
             raise ValueError(f"{source}: {name} is not an image that can be read ({error}): copy it again") from error
+        if image.mode.startswith("I"):  # Pillow would make all of them white
+            raise ValueError(f"{source}: {name} has 16 bits a channel, expected 8")
         if image.size != (32, 32):
             raise ValueError(f"{source}: {name} has {image.size[0]}×{image.size[1]} pixels, expected 32×32")
         if image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in content):
@@ -377,8 +377,7 @@ def _cached(source: Path, folder: Path) -> tuple[dict[str, Tensor], str]:
 def check_path(**path: Any) -> Path:
     """Return the one argument given by name as a path, ``~`` being the home, or raise TypeError or ValueError."""
     ((name, value),) = path.items()
-    if not isinstance(value, (str, Path)):
-        raise TypeError(f"{name} is a {type(value).__name__}: expected a path")
+    check_kind(str | Path, "a path", **path)
     if not str(value) or "\0" in str(value):
         raise ValueError(f"{name} {str(value)!r} names no file or folder")
     return Path(os.path.expanduser(value))

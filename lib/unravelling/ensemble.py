@@ -66,8 +66,7 @@ def remove_members(
     logits = _members(logits)
     labels = np.asarray(labels)
     if labels.shape[:1] != logits.shape[1:2] or labels.dtype.kind not in "iu":
-        what = f"shape {labels.shape} and type {labels.dtype}"
-        raise ValueError(f"labels has {what}: expected a whole number for each of {logits.shape[1]} images")
+        raise ValueError(f"labels is {labels!r:.80}: expected a whole number for each of {logits.shape[1]} images")
     members, random = len(logits), np.random.default_rng(check_number(seed=seed))
     rows, averages = [], [average(logits)]
     for number in listed(removed=removed):

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import move, named_failure
-from .chain import Chain, Change, Unit
+from .chain import Chain, Change, Unit, check_kind
 from .tracing.parts import Maker, Origin, make_parts, number
 from .tracing.reading import NotABlock, read
 from .tracing.trace import (
@@ -143,8 +143,7 @@ def unravel(
     Raises:
         ValueError: no chain computes this model. The message says what was found and what to do.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"unravel takes a torch.nn.Module, not a {type(model).__name__}")
+    check_kind(nn.Module, "a network, an nn.Module", model=model)
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = cast("nn.Module", getattr(model, "_orig_mod", None) or model.module)  # in torch.compile, or a wrapper
     for name, module in model.named_modules():
@@ -187,7 +186,7 @@ def _named(model: nn.Module, units: str | Iterable[str]) -> list[str]:
         pattern = re.compile(r"\.".join(parts))
         chosen = [name for name in names if pattern.fullmatch(name)]
     else:
-        chosen = list(units)
+        chosen = list(dict.fromkeys(units))
     missing = [name for name in chosen if name not in names]
     if missing or not chosen:
         what = f"no module is called {missing[0]!r}" if missing else f"units={units!r} names no module"

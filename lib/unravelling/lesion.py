@@ -26,7 +26,6 @@ from .data import Split
 from .stats import paired_bootstrap, wilson
 
 Loss = Callable[[Tensor, Any], Tensor]
-Function = Callable[[Tensor], Tensor]
 Variants = Sequence[Sequence[int | Unit]]
 
 # Together, small states save launches; large ones leave the caches. For ResNet-110 on a CPU most of the gain is gone
@@ -161,9 +160,8 @@ def evaluate_variants(
         for found, _ in _results(chain, data, variants, lambda out, y: _score_batch(out, y, loss), **options)
     ]
     wrong, values, counts = (np.concatenate(scores, 1) for scores in zip(*batches, strict=True))
-    if loss is None and np.isnan(values).any():
-        which = f"of variant {np.isnan(values).any(1).argmax()}, where 0 is the intact network"
-        raise ValueError(f"logits are NaN: look for NaN in weights, statistics and inputs {which}")
+    if loss is None and (bad := np.isnan(values).any(1)).any():
+        raise ValueError(f"logits are NaN: look for NaN in weights, statistics and inputs of variant {bad.argmax()}")
     share = _share(counts[0])
     wrong = wrong * share if wrong.dtype.kind == "f" or (counts != 1).any() else wrong.astype(bool)
     return wrong, values * share if loss is None else values
@@ -405,7 +403,7 @@ def _branch_means(chain: Chain, data: Split | Batches) -> dict[int, Tensor]:
     return {i: total / count for i, (total, count) in sums.items()}
 
 
-def _substitute(kind: str, mean: Tensor | None, seed: list[int]) -> Function:
+def _substitute(kind: str, mean: Tensor | None, seed: list[int]) -> Callable[[Tensor], Tensor]:
     """Return the function that maps a branch's output to what comes in its place."""
     random = np.random.default_rng(seed)
 
@@ -424,7 +422,7 @@ def _substitute(kind: str, mean: Tensor | None, seed: list[int]) -> Function:
     return change
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # which also turns gradients on, whatever the caller has set
 def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = None) -> pd.DataFrame:
     """Predict from gradients what each deletion does: to first order in the branch, ⟨∂L/∂y_i, f_i⟩ for each image.
 
@@ -442,16 +440,17 @@ def taylor_importance(chain: Chain, data: Split | Batches, loss: Loss | None = N
         Missing values where the unit has no branch. Raises ValueError where none has, or the loss has no gradient.
     """
     slopes, counts = [], []
-    for x, y in iterate(check_chain(chain), data):
-        factors: dict[int, Tensor] = {}
+    factors: dict[int, Tensor] = {}  # of the batch, by unit
 
-        def scale(i: int, f: Tensor, factors: dict[int, Tensor] = factors) -> Tensor:
-            factors[i] = torch.ones(len(f), dtype=f.dtype, device=f.device, requires_grad=True)
-            return torch.einsum("b...,b->b...", f, factors[i])
+    def scale(i: int, f: Tensor) -> Tensor:
+        factors[i] = f.new_ones(len(f), requires_grad=True)
+        return torch.einsum("b...,b->b...", f, factors[i])
 
-        with eval_mode(chain), torch.enable_grad():
+    scaled = _changed(check_chain(chain), scale)
+    for x, y in iterate(chain, data):
+        with eval_mode(chain):
             with named_failure(x):
-                logits = _changed(chain, scale)(x)
+                logits = scaled(x)
             _, losses, kept = _score_batch(logits, y, loss)
             if not factors or not losses.requires_grad:
                 raise ValueError("no unit has a branch, or the loss no gradient: compute it from the logits, in torch")

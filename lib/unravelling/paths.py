@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import IGNORED, NOTHING, can_stack, check_labels, class_last, device_of, inputs_and_labels, named_failure
-from .chain import Chain, Unit, check_chain, check_number, listed
+from .chain import Chain, Unit, check_chain, check_kind, check_number, listed
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -42,8 +42,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: a label is no class, or none is left.
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits is a {type(logits).__name__}: expected a tensor (B, K), or a loss of your own")
+    check_kind(Tensor, "a tensor (B, K), or a loss of your own", logits=logits)
     if isinstance(y, Tensor) and y.is_floating_point() and y.shape == logits.shape and y.dim() != 3:  # probabilities
         return F.cross_entropy(logits, y)
     logits = class_last(logits, y)
@@ -123,8 +122,8 @@ def gradient_by_length(
             through them. The sums are then exact for the batch as a whole, whose images are tied; nothing is stored.
 
     Returns:
-        A tensor ``(n + 1, B, …)`` whose sum over the first dimension is the gradient of the loss. With ``max_length``,
-        ``(m + 2, B, …)``, where the last is the sum over all paths longer than m.
+        A tensor ``(n + 1, B, …)`` whose sum over the first dimension is the gradient of the loss, with what units read
+        beside their state held fixed; with ``max_length``, ``(m + 2, B, …)``, the last of all paths longer than m.
 
     Raises:
         TypeError, ValueError: ``at``, ``max_length`` or ``dtype`` makes no sense.
@@ -166,8 +165,7 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
     Raises:
         TypeError, ValueError: ``gradients`` is no tensor, has fewer than two dimensions, or is not finite.
     """
-    if not isinstance(gradients, Tensor):
-        raise TypeError(f"gradients is a {type(gradients).__name__}: expected the tensor from gradient_by_length")
+    check_kind(Tensor, "the tensor from gradient_by_length", gradients=gradients)
     if gradients.dim() < 2 or not gradients.numel() or not gradients.isfinite().all():
         shape = tuple(gradients.shape)
         raise ValueError(f"gradients has shape {shape}, or holds NaN or inf: expected (n + 1, B, …)")
@@ -344,8 +342,7 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
         One row a length, with ``length``; ``sum_of_squares`` over the batch with ``standard_error``; ``paths``, how
         many there are; ``rms_norm``, the root mean square of ‖g_path‖.
     """
-    if check_number(1, repeats=repeats) == 1:
-        raise ValueError("1 repeats give no standard error: use at least 2")
+    check_number(2, repeats=repeats)
     generator = torch.Generator().manual_seed(check_number(seed=seed))
     top, descent = _descent(chain, x, y, loss, most=STACKED)
     steps = list(descent)
@@ -363,11 +360,6 @@ def path_norms(chain: Chain, x: Any, y: Any, repeats: int, seed: int = 0, loss: 
     table["standard_error"], table["paths"] = squares.std(0, ddof=1) / math.sqrt(repeats), paths
     table["rms_norm"] = [math.sqrt(s / c) if c else 0.0 for s, c in zip(table["sum_of_squares"], paths, strict=True)]
     return table
-
-
-def count(n: int) -> int:
-    """Return the number of paths through n residual units, 2^n."""
-    return 2 ** check_number(n=n)
 
 
 def length_distribution(n: int) -> pd.DataFrame:
@@ -479,8 +471,7 @@ def _states(chain: Chain, x: Any, batch_statistics: bool = False) -> list[Tensor
 
 def _inputs(chain: Chain, x: Any, y: Any, loss: Loss) -> tuple[Any, Any]:
     """Return inputs and labels on the chain's device; the labels from a dict where there are none beside it."""
-    if not callable(loss):
-        raise TypeError(f"loss is a {type(loss).__name__}: expected a function of logits and labels")
+    check_kind(Callable, "a function of logits and labels", loss=loss)
     return inputs_and_labels(check_chain(chain), x if y is None else (x, y))
 
 
@@ -492,8 +483,7 @@ def _scalar(loss: Loss, logits: Tensor, y: Any) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"the loss must be a scalar, but has shape {tuple(value.shape)}: average or sum it")
     if not value.isfinite():
-        what = "NaN" if value.isnan() else "infinite"
-        raise ValueError(f"the loss is {what}: look for NaN in the network's weights, or for logits that overflow")
+        raise ValueError("the loss is NaN or infinite: look for NaN in the network's weights, or logits that overflow")
     return value
 
 

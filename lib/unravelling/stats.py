@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from numbers import Real
 
 import numpy as np
 import pandas as pd
 
-from .chain import check_number
-
-
-def _check_level(level: float) -> float:
-    if not isinstance(level, Real) or not 0 < level < 1:
-        raise ValueError(f"level is {level!r:.80}: expected a coverage between 0 and 1, such as 0.95")
-    return float(level)
+from .chain import check_kind, check_number
 
 
 def _numbers(name: str, values: object) -> np.ndarray:
@@ -29,13 +22,12 @@ def _numbers(name: str, values: object) -> np.ndarray:
     return array
 
 
-def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def wilson(count: np.ndarray | int, images: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the Wilson interval of a share, such as an error.
 
     Args:
         count: images counted, such as the wrong ones; a number or an array of any shape.
         images: images in all.
-        level: coverage.
 
     Returns:
         The lower and upper ends as fractions, in the shape of ``count``.
@@ -47,13 +39,13 @@ def wilson(count: np.ndarray | int, images: int, level: float = 0.95) -> tuple[n
     count = _numbers("count", count)
     if _numbers("images", images).ndim or not 1 <= images < np.inf or not ((count >= 0) & (count <= images)).all():
         raise ValueError(f"counts must lie between 0 and {images} images")
-    share, z = count / images, ndtri((1 + _check_level(level)) / 2)
+    share, z = count / images, ndtri(0.975)
     middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
     half = z / (1 + z**2 / images) * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
     return np.clip(middle - half, 0, share), np.clip(middle + half, share, 1)
 
 
-def error_difference(first: float, second: float, images: int, level: float = 0.95) -> tuple[float, float]:
+def error_difference(first: float, second: float, images: int) -> tuple[float, float]:
     """Return the interval of ``second - first``, two errors on test images, as if they were independent.
 
     Newcombe's hybrid score interval (Statistics in Medicine 17, 1998, 873–890, method 10), made of the two Wilson
@@ -63,26 +55,22 @@ def error_difference(first: float, second: float, images: int, level: float = 0.
     Args:
         first, second: error of one network and of the other, as fractions; a ValueError outside 0 to 1.
         images: how many each was tested on.
-        level: coverage.
     """
     given = {"first": first, "second": second, "images": images}
     if any(_numbers(name, value).size != 1 for name, value in given.items()):
         raise ValueError("first, second and images must be one number each")
-    (low, low_2), (high, high_2) = wilson(np.array([first, second]) * images, images, level)
+    (low, low_2), (high, high_2) = wilson(np.array([first, second]) * images, images)
     below, above = np.hypot(second - low_2, high - first), np.hypot(high_2 - second, first - low)
     return float(second - first - below), float(second - first + above)
 
 
-def paired_bootstrap(
-    difference: np.ndarray, level: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def paired_bootstrap(difference: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return the percentile bootstrap interval of the mean of paired differences, resampling images.
 
     Where no image changed at all the interval is the single point 0; `wilson` then says how rare a change may still be.
 
     Args:
         difference: one value an image, ``(…, images)``; the same resamples serve all rows.
-        level: coverage.
         resamples: how many.
         seed: of the resamples.
 
@@ -93,21 +81,20 @@ def paired_bootstrap(
     random = np.random.default_rng(check_number(seed=seed))
     if not difference.ndim or not difference.shape[-1]:
         raise ValueError(f"difference has shape {difference.shape}: expected at least one value, (…, images)")
-    images, level = difference.shape[-1], _check_level(level)
+    images = difference.shape[-1]
     weights = random.multinomial(images, np.full(images, 1 / images), resamples) / images
     means = difference @ weights.T
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    low, high = np.quantile(means, [0.025, 0.975], axis=-1)
     return low, high
 
 
-def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: float = 0.95) -> pd.DataFrame:
+def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str) -> pd.DataFrame:
     """Return mean and Student t interval of ``value`` over the rows of each group, which are taken to be the seeds.
 
     Args:
         table: one row for each seed and group.
         by: column or columns that define the groups.
         value: column to average.
-        level: coverage.
 
     Returns:
         The columns of ``by``, then ``mean``, ``seeds``, ``low`` and ``high``; the ends are NaN for a single seed.
@@ -117,8 +104,7 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
     """
     from scipy.stats import t
 
-    if not isinstance(table, pd.DataFrame):
-        raise TypeError(f"table is a {type(table).__name__}: expected a DataFrame")
+    check_kind(pd.DataFrame, "a DataFrame", table=table)
     columns = [by] if isinstance(by, str) else list(by) if isinstance(by, Sequence) else []
     if not columns:
         raise TypeError(f"by is {by!r:.80}: expected a column or several")
@@ -128,6 +114,6 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str, level: f
     _numbers(f"the column {value}", table[value])
     groups = table.groupby(columns, sort=False, dropna=False)[value]
     band = groups.agg(mean="mean", std="std", seeds="count").reset_index()
-    half = t.ppf((1 + _check_level(level)) / 2, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
+    half = t.ppf(0.975, np.maximum(band["seeds"] - 1, 1)) * band["std"] / np.sqrt(band["seeds"])
     band["low"], band["high"] = band["mean"] - half, band["mean"] + half
     return band.drop(columns="std")

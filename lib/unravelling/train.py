@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from .batches import NOTHING, Batches, class_last, device_of, eval_mode, iterate, move, named_failure, scores
-from .chain import Chain, check_chain, check_number
+from .chain import Chain, check_chain, check_kind, check_number
 from .data import Dataset, Split, check_path, checksum, write_atomically
 
 
@@ -68,16 +67,14 @@ class Recipe:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"name is a {type(self.name).__name__}: expected a text")
+        check_kind(str, "a text", name=self.name)
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError(f"recipe {self.name!r} needs either epochs or iterations")
         numbers = {"batch_size": 1, "warmup": 0, "crop": 0}
         numbers |= {key: 1 for key in ("epochs", "iterations", "active") if getattr(self, key) is not None}
         for key, least in numbers.items():  # those of NumPy become Python's, which a checkpoint can hold
             object.__setattr__(self, key, check_number(least, **{key: getattr(self, key)}))
-        if not isinstance(self.milestones, (tuple, list)):
-            raise TypeError(f"recipe {self.name!r}: milestones {self.milestones!r} are not fractions in a tuple")
+        check_kind(tuple | list, "fractions in a tuple", milestones=self.milestones)
         rates = [(key, getattr(self, key)) for key in ("lr", "momentum", "weight_decay")]
         for key, value in rates:
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -173,9 +170,8 @@ def fit(
         OSError: the checkpoint could not be written, as on a full disk; the earlier one is kept.
     """
     check_chain(chain)
-    for name, value, kind in (("data", data, Dataset), ("recipe", recipe, Recipe)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} is a {type(value).__name__}: expected a {kind.__name__}")
+    check_kind(Dataset, "a Dataset", data=data)
+    check_kind(Recipe, "a Recipe", recipe=recipe)
     seed = check_number(seed=seed)
     check_number(stop_after=0 if stop_after is None else stop_after)
     if not any(parameter.requires_grad for parameter in chain.parameters()):
@@ -195,8 +191,9 @@ def fit(
     if graph:  # what the graph is to see of a changing rate lies on the GPU
         options |= {"lr": torch.tensor(recipe.lr, device=device_of(chain)), "fused": True}
     optimizer, generator = torch.optim.SGD(chain.parameters(), **options), torch.Generator().manual_seed(seed)
-    identity = {"recipe": asdict(recipe), "seed": seed}
-    identity |= {"network": architecture_digest(chain), "data": fingerprint(data.train)}
+    shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in chain.state_dict().items()]
+    images = [data.train.images, data.train.labels]
+    identity = {"recipe": asdict(recipe), "seed": seed, "network": checksum(shapes)[:16], "data": checksum(images)[:16]}
     history: list[dict[str, Any]] = []
     path = None if checkpoint is None else check_path(checkpoint=checkpoint)
     if path is not None and path.exists():
@@ -222,9 +219,8 @@ def fit(
             if on_epoch is not None:
                 on_epoch(epoch + 1, chain)
             if path is not None:
-                state = {"identity": json.dumps(identity, sort_keys=True), "history": history}
-                state |= {"chain": chain.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"generator": generator.get_state()}
+                state = {"history": history, "generator": generator.get_state(), "chain": chain.state_dict()}
+                state |= {"identity": json.dumps(identity, sort_keys=True), "optimizer": optimizer.state_dict()}
                 write_atomically(path, partial(torch.save, state | {"checksum": checksum(state)}))
     chain.eval()
     return pd.DataFrame(history)
@@ -366,22 +362,6 @@ def evaluate(chain: nn.Module, data: Split | Batches) -> dict[str, float]:
     if not images:
         raise ValueError(NOTHING)
     return {"error": wrong / images, "loss": loss / images, "wrong": wrong, "images": images}
-
-
-def architecture_digest(chain: nn.Module) -> str:
-    """Return a short hash of a network's architecture: names, shapes and unusual types of parameters and buffers."""
-    shapes = []
-    for name, tensor in chain.state_dict().items():
-        kind = "" if tensor.dtype in (torch.float32, torch.int64) else f" {tensor.dtype}"
-        shapes.append(f"{name} {tuple(tensor.shape)}{kind}")
-    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
-
-
-def fingerprint(split: Split) -> str:
-    """Return a fingerprint of a split's images and labels."""
-    digest = hashlib.sha256(split.images.contiguous().numpy().data)
-    digest.update(split.labels.numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

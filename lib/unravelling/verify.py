@@ -27,7 +27,7 @@ Gradients = dict[tuple[str, str], Tensor | None]
 def tolerance_of(model: nn.Module, numbers: Tensor) -> float:
     """Return the tolerance for numbers that a model computes: that of the lowest precision in it."""
     types = {t.dtype for t in [numbers, *model.parameters()] if t.is_floating_point()}
-    return max(TOLERANCE.get(dtype, 0.05) for dtype in types)
+    return max((TOLERANCE.get(dtype, 0.05) for dtype in types), default=TOLERANCE[torch.float32])
 
 
 def difference(found: Tensor, expected: Tensor, scale: float | None = None) -> float:
@@ -36,8 +36,8 @@ def difference(found: Tensor, expected: Tensor, scale: float | None = None) -> f
         return float("inf")
     if torch.equal(found, expected):
         return 0.0
-    found, expected = found.double(), expected.double()
-    same = (found == expected) | (found.isnan() & expected.isnan())
+    found, expected = (t.to(torch.complex128) if t.is_complex() else t.double() for t in (found, expected))
+    same = torch.isclose(found, expected, rtol=0, atol=0, equal_nan=True)
     gap = torch.where(same, 0.0, (found - expected).abs()).max().item()
     scale = _largest([expected]) if scale is None else scale
     return gap / scale if scale else (float("inf") if gap else 0.0)

@@ -152,10 +152,7 @@ def read(
 def _read_from(
     model: nn.Module, reading: Reading, blocks: Collection[str], by_hand: Sequence[str] | None, held: bool = False
 ) -> tuple[Reading, list[Stretch], list[str]]:
-    """Find stretches from one input on; where one long way beside holds most of the additions, along that way.
-
-    With ``held``, what later units read from within the first one is computed by the stem, too.
-    """
+    """Find stretches from one input on, or along a long way that holds most additions; for ``held`` see `holding`."""
     reading = reading.holding() if held else reading
     stretches, causes = _stretches(model, reading, blocks, by_hand)
     best = reading, stretches, causes
@@ -279,13 +276,12 @@ class Reading:
         return Reading(self.traced, state, self)
 
     def holding(self) -> Reading:
-        """Return a reading in which what is computed on the way to the first sum, and read after it, is the stem's.
+        """Return a reading in which the stem computes, too, what is read both on the way to the first sum and after it.
 
-        So are the values of the first attention of a transformer, where every layer adds them to its own. The first
-        unit computes them for itself. Unsupported if there is nothing of the kind.
+        As the values of a transformer's first attention, where all layers add them to theirs. Unsupported without such.
         """
-        first = next((node for node in self.order if self.sums.get(node, ())[1:] == (True, True)), self.source)
-        start, *_ = self.sums.get(first, (self.source,))
+        clear = ((end, early) for end, (early, skip, weighted) in self.sums.items() if skip and weighted)
+        first, start = next(clear, (self.source, self.source))
         way = self.between(start, first)
         late = {n: [user for user in n.users if user in self.active - way] for n in way - {first}}
         needed = {n for node, users in late.items() if users for n in self.between(start, node)}
@@ -562,7 +558,8 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
             return None
     branches = [i for i in range(len(terms)) if i not in skips]
     skip_way, branch_way = ({n for i in some for n in ways[i]} for some in (skips, branches))
-    if not branches or not (exact or reading.weights(branch_way, least=1)):
+    added = exact and all(terms[i][1] > 0 for i in branches)  # where nothing has weights, x - mean(x) is a norm's
+    if not branches or not (added or reading.weights(branch_way, least=1)):
         return None
     if all(_smaller(terms[i][0], end) for i in skips):  # not what a deletion leaves
         return None

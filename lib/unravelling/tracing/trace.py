@@ -81,7 +81,8 @@ def preserved(model: nn.Module, weights: bool = False) -> Iterator[None]:
             for part, entries in zip(parts, before, strict=True):
                 part.clear()
                 (part.update if isinstance(part, dict) else part.extend)(entries)
-            changed = [name for name, (p, old) in parameters.items() if not _same(p, old)]
+            same = partial(torch.isclose, rtol=0, atol=0, equal_nan=True)
+            changed = [name for name, (p, old) in parameters.items() if not same(p, old).all()]
             for tensor, old in [*buffers.values(), *plain.values(), *(parameters[name] for name in changed)]:
                 if not torch.equal(tensor, old):
                     tensor.data.copy_(old)
@@ -90,10 +91,6 @@ def preserved(model: nn.Module, weights: bool = False) -> Iterator[None]:
                     f"eval mode, or a forward pass in it, changes the parameter {changed[0]}, as where LoRA is merged "
                     "or weights are rescaled once: call model.eval(), then the model once, before unravel"
                 )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())  # NaN is NaN
 
 
 def _plain(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -148,10 +145,10 @@ def calls_of(node: fx.Node) -> Iterator[tuple[str, str]]:
 
 
 def _is_layer(m: nn.Module) -> bool:
-    """Whether a module is a layer of a library, known to hold no residual addition, which stays whole."""
-    library = type(m).__module__
-    if library.startswith("torch.nn") or isinstance(m, _BatchNorm):
-        return not isinstance(m, (nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.Transformer))
+    """Whether a module is a layer of a library, parametrized or not, known to hold no residual addition."""
+    library = next(k.__module__ for k in type(m).__mro__ if not k.__module__.startswith("torch.nn.utils"))
+    if library.startswith("torch.nn.modules") or isinstance(m, _BatchNorm):
+        return not isinstance(m, nn.Sequential) and not type(m).__name__.startswith("Transformer")
     return not any(m.children()) and library.startswith(("timm.layers", "torchvision.ops"))
 
 
@@ -235,9 +232,10 @@ def _lengths_and_masks() -> Iterator[None]:
 
     It asks for the sake of speed alone: by the numbers, which a graph does not hold.
     """
-    causal = "_detect_is_causal_mask"
     hint = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
-    with patch.object(builtins, "len", _length), patch.object(nn.modules.transformer, causal, hint, create=True):
+    with patch.object(builtins, "len", _length), \
+         patch.object(torch, "is_tensor", lambda x: isinstance(x, (Tensor, fx.Proxy))), \
+         patch.object(nn.modules.transformer, "_detect_is_causal_mask", hint, create=True):
         yield
 
 
@@ -403,10 +401,6 @@ def _out_of_place(traced: Traced) -> Traced:
             node.kwargs = dict(node.kwargs, inplace=False)
         elif name in IN_PLACE:
             node.target = getattr(operator, name[1:])
-        elif node.target is operator.setitem:
-            if base.op == "get_attr":
-                continue  # a buffer
-            raise Unsupported(f"{where} assigns to a part of a tensor: write the new one with torch.cat or torch.where")
         elif ends_in_place and node.op == "call_method":
             node.target = name[:-1]
         elif ends_in_place and hasattr(torch, name[:-1]):
