@@ -98,7 +98,7 @@ def rows(config: Mapping[str, Any], target: str) -> Iterator[Row]:
             if type(value) is not KINDS[key]:
                 raise ValueError(f"{target}: {key} must be a {KINDS[key].__name__}, not {value!r}")
         check_number(1, members=line.get("members", 1))
-        recipe = line.get("recipe") or "-".join(filter(None, (base, line.get("variant"))))
+        recipe = "-".join(filter(None, (line.get("recipe", base), line.get("variant"))))
         name, size = line["network"], line.get("members", 0)
         possible = tuple(ENSEMBLE) if size else _applicable(name)
         measurements = tuple(line.get("measure", possible))

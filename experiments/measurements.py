@@ -91,7 +91,7 @@ def variance_of_damage(chain: Chain, test: Split, data: Dataset, seed: int) -> p
         losses["re-estimated"] = before, np.stack(after)
     rows = []
     for statistics, (before, after) in losses.items():
-        margin = -np.log(np.expm1(np.maximum(before, 1e-9))), -np.log(np.expm1(np.maximum(after, 1e-9)))
+        margin = [-(loss + np.log(-np.expm1(-np.maximum(loss, 1e-9)))) for loss in (before, after)]
         for scale, damage in {"loss": (after - before).T, "margin": (margin[0] - margin[1]).T}.items():
             worst = int(damage.mean(0).argmax())
             for without, part in {"": damage, worst: np.delete(damage, worst, axis=1)}.items():

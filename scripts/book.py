@@ -253,7 +253,9 @@ def pages(runs: str, target: str) -> None:
 
     BUILD.mkdir(exist_ok=True)
     for left in BUILD.glob("pages-*"):  # by a builder that was killed
-        if not Path(f"/proc/{left.name.split('-')[1]}").exists():
+        try:
+            os.kill(int(left.name.split("-")[1]), 0)  # asks whether the process is there
+        except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=BUILD, prefix=f"pages-{os.getpid()}-") as scratch:
         source, start, log = Path(scratch, "source").resolve(), time.time(), io.StringIO()

@@ -33,7 +33,7 @@ import measure
 import measurements
 import train
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 HEAD = "dataset,network,seed,recipe"
 CONFIG = yaml.safe_load((ROOT / "experiments/config.yaml").read_text(encoding="utf-8"))
@@ -764,7 +764,7 @@ def test_rows_may_be_named_as_a_shell_completes_them_and_runs_must_be_there(runs
     assert collect.main([f"{TOY[0].folder}/", *where, str(runs)]) == 0
     assert "resnet8,0," in (tmp_path / "data/results/digits/intact.csv").read_text()
     assert collect.main([f"{TOY[0].folder}", *where, str(tmp_path / "nowhere")]) == 2
-    assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    assert f"{tmp_path / 'nowhere'} has no run of any row asked for" in capsys.readouterr().err
     assert collect.main([f"{TOY[0].folder}9", *where, str(runs)]) == 2
     assert "config.yaml has no row" in capsys.readouterr().err
 
@@ -959,6 +959,8 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(tm
         until(lambda before=before: epochs_of(row) > before)
         children = psutil.Process(started.pid).children(recursive=True)
         assert any("train.py" in " ".join(child.cmdline()) for child in children)
+        with pytest.raises(Timeout):  # held for as long as the run lasts
+            FileLock(folder / "runs/.lock").acquire(timeout=0)
         started.send_signal(kind)
         started.wait(120)
         _, alive = psutil.wait_procs(children, timeout=60)
@@ -977,6 +979,13 @@ def test_killed_in_every_way_it_leaves_no_orphan_and_ends_with_the_same_bytes(tm
     assert {Path(name).name for name in found if not name.endswith(".json")} == {"collected"}
     assert pd.read_csv(folder / "data/results/digits/intact.csv")["seed"].tolist() == [0]
     assert str(folder) not in (folder / "data/results/digits/provenance.json").read_text()
+    for gone in (False, True):  # what is there is not made again for a time stamp; what is missing is, though collected
+        os.utime(row / "weights.safetensors")
+        if gone:
+            (row / "intact.csv").unlink()
+        said, _ = snakemake(folder, "toy", "--dry-run").communicate(timeout=240)
+        assert (f"{TOY[0].folder}/intact.csv" in said) == gone, said
+        assert f"{TOY[1].folder}/intact.csv" in said
 
 
 @needs_snakemake

@@ -285,7 +285,7 @@ class Reading:
         way = self.between(start, first)
         late = {n: [user for user in n.users if user in self.active - way] for n in way - {first}}
         needed = {n for node, users in late.items() if users for n in self.between(start, node)}
-        if not needed:
+        if not needed or any(self.sums.get(u, (0, 0))[1] for users in late.values() for u in users):  # skips that cross
             raise Unsupported("")
         copies: dict[fx.Node, fx.Node] = {}
         for node in sorted(needed, key=self.order.__getitem__):
