@@ -39,7 +39,7 @@ PIP = $(RUN) -m pip install --disable-pip-version-check --quiet
 NAMES := $(basename $(notdir $(wildcard book/*.ipynb)))
 LIBRARY := $(shell find lib/unravelling -name '*.py') $(wildcard book/*.py book/_static/interactive* experiments/config.yaml)
 DATA := $(shell find data -not -path '*/.*')
-PAGES := _config.yml _toc.yml $(wildcard scripts/*) $(LIBRARY) $(shell find book -type f -not -path '*/.*')
+PAGES := _config.yml _toc.yml $(wildcard scripts/*.*) $(LIBRARY) $(shell find book -type f -not -path '*/[._]*cache*' -not -path '*/.*')
 
 # Networks are small: a thread a process, and as many notebooks at a time as JOBS says.
 JOBS ?= 2
