@@ -272,3 +272,10 @@ def test_two_batches_of_images_in_a_list_are_no_images_with_labels():
     anew = [reestimate_batch_norm(chain, [x[:4], x[4:]]), reestimate_batch_norm(chain, iter([x[:4], x[4:]]))]
     for name, buffer in anew[0].named_buffers():
         assert torch.equal(buffer, anew[1].get_buffer(name))
+
+
+def test_as_many_classes_as_rows_of_pixels():
+    """Segmentation has its classes second, whether or not the sizes can tell."""
+    logits, y = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32).view(2, 4, 4) % 4
+    network = nn.Identity()
+    assert evaluate(network, [(logits, y)])["loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item())

@@ -300,3 +300,8 @@ def test_repr_is_one_readable_line():
     assert repr(chain) == "resnet110: 54 units (18+18+18), 1.73 M parameters"
     assert repr(chain.without(3, 7)).startswith("resnet110: 54 units (18+18+18), deleted [3, 7], 1.72 M")
     assert repr(Chain(nn.Identity(), [Unit(Times(1))], nn.Identity())) == "chain: 1 units (1), 0.00 M parameters"
+
+
+def test_a_changed_chain_has_the_mode_of_the_old_one():
+    chain = small("pre").eval()
+    assert not any(part.training for part in chain.with_units(list(chain.units)).modules())

@@ -1325,8 +1325,18 @@ def test_blocks_that_live_in_modules_of_torch_are_looked_into():
     exact(quiet(parametrized.eval()), parametrized, units=3, rounding=1e-6)
     inner = seeded(lambda: nn.Sequential(net(add), nn.DataParallel(net(add))))
     exact(quiet(inner), inner, units=6, rounding=1e-6)
-    norm = nn.utils.parametrizations.weight_norm(linear())
-    assert _is_layer(norm)
+    assert _is_layer(nn.utils.parametrizations.weight_norm(linear()))
+    encoder = nn.TransformerEncoderLayer(8, 2)
+    encoder.register_parameter("g", nn.Parameter(torch.ones(8)))
+    nn.utils.parametrize.register_parametrization(encoder, "g", nn.Identity())
+    assert not _is_layer(encoder)
+
+
+def test_a_block_named_twice_is_one_unit():
+    model = net(add)
+    chain = unravel(model, X, units=["1", "1", "2"])
+    assert [unit.name for unit in chain.units] == ["1", "2"]
+    assert not torch.equal(chain.without(0)(X), chain(X))
 
 
 def test_a_mask_that_is_asked_whether_it_is_a_tensor():

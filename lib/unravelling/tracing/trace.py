@@ -148,7 +148,7 @@ def _is_layer(m: nn.Module) -> bool:
     """Whether a module is a layer of a library, parametrized or not, known to hold no residual addition."""
     library = next(k.__module__ for k in type(m).__mro__ if not k.__module__.startswith("torch.nn.utils"))
     if library.startswith("torch.nn.modules") or isinstance(m, _BatchNorm):
-        return not isinstance(m, nn.Sequential) and not type(m).__name__.startswith("Transformer")
+        return not isinstance(m, nn.Sequential) and "Transformer" not in type(m).__name__
     return not any(m.children()) and library.startswith(("timm.layers", "torchvision.ops"))
 
 
