@@ -242,6 +242,10 @@ def learned(table: pd.DataFrame, chance: float = 0.9) -> pd.DataFrame:
     return table[table["error"] - table["delta_error"] < chance / 2]
 
 
+PAIRED = {"digits": "resnet110", "cifar10": "resnet56"}
+"""Networks that were also trained without batch norm, as ``-nobn``."""
+
+
 def without_statistics(dataset: str, load: Callable[..., pd.DataFrame] = stored) -> str:
     """Say whether a residual network without batch norm breaks as early as the same one with it, after ten deletions.
 
@@ -249,16 +253,18 @@ def without_statistics(dataset: str, load: Callable[..., pd.DataFrame] = stored)
     of the difference lies above zero, "no" where it lies below. This was written before any such network was measured;
     that only trainings count which `learned` the task, once one of them had failed.
     """
-    deep = "resnet110" if dataset == "digits" else "resnet56"
+    deep = PAIRED[dataset]
     table = load(f"{dataset}/delete_random").query("k == 10")
     tried = table.loc[table["network"] == f"{deep}-nobn", "seed"].nunique()
     table = 100 * learned(table).pivot_table(index="seed", columns="network", values="delta_error")
-    added = table.reindex(columns=[deep, f"{deep}-nobn"]).dropna()
+    able = table.reindex(columns=[deep, f"{deep}-nobn"]).dropna(subset=[f"{deep}-nobn"])
+    added = able.dropna()
     if added.empty:
         return "not measured yet"
     normed, bare = added[deep], added[f"{deep}-nobn"]
     mean, low, high = mean_interval(bare - normed)
     verdict = "yes" if low > 0 else "no" if high < 0 else "not decided"
     interval = f", difference {number(mean)} ({number(low)} to {number(high)})" if len(added) > 1 else ", one seed"
+    shared = "" if len(added) == len(able) else f", with batch norm trained from the seeds of {len(added)} of them"
     return (f"{verdict}: ten deletions add {number(bare.mean())} points without batch norm and {number(normed.mean())} "
-            f"with it{interval}; {network_label(deep)}, the {len(added)} of {tried} trainings that learned the task")
+            f"with it{interval}; {network_label(deep)}, the {len(able)} of {tried} trainings that learned the task{shared}")
