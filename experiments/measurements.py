@@ -31,6 +31,8 @@ SWAPS = (1, 2, 4, 8, 16, 32, 64, 128, None)
 """Numbers of pairs that are swapped; None shuffles every stage completely."""
 ACTIVE = (10, 20, 30, 35, 40, 44, 48, 51, 54)
 """Numbers of units that sub-networks keep."""
+DEEP = 54
+"""Units from which on every image's damage is kept; `variance_of_damage` has what it says of shallower networks."""
 PER_CLASS = 100
 """Test images of each class where thousands of lesioned networks are evaluated, or a table has a row an image."""
 
@@ -322,7 +324,7 @@ TABLE = {
     "delete_random": Measurement(random_deletions, some),
     "delete_reestimated": Measurement(healed_deletions, some, has_batch_norm, HEALED),
     "delete_pairs": Measurement(pair_deletions, some, lambda chain: len(chain) >= 5),
-    "damage": Measurement(damage_by_image, some),
+    "damage": Measurement(damage_by_image, some, lambda chain: len(chain) >= DEEP),
     "reorder": Measurement(swapped_orders, some, lambda chain: len(chain) >= 5),
     "spectrum": Measurement(spectrum_of_batches, batches, has_skips),
     "path_norms": Measurement(norms_of_paths, few, has_skips),
