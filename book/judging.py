@@ -265,6 +265,7 @@ def without_statistics(dataset: str, load: Callable[..., pd.DataFrame] = stored)
     mean, low, high = mean_interval(bare - normed)
     verdict = "yes" if low > 0 else "no" if high < 0 else "not decided"
     interval = f", difference {number(mean)} ({number(low)} to {number(high)})" if len(added) > 1 else ", one seed"
-    shared = "" if len(added) == len(able) else f", with batch norm trained from the seeds of {len(added)} of them"
+    which = f"the {len(able)} of {tried} trainings that learned the task"
+    which += "" if len(added) == len(able) else f", with batch norm trained from the seeds of {len(added)} of them"
     return (f"{verdict}: ten deletions add {number(bare.mean())} points without batch norm and {number(normed.mean())} "
-            f"with it{interval}; {network_label(deep)}, the {len(able)} of {tried} trainings that learned the task{shared}")
+            f"with it{interval}; {network_label(deep)}, {which}")

@@ -44,9 +44,9 @@ def test_wilson_keeps_the_shape():
     assert np.shape(wilson(2, 5)[0]) == ()
 
 
-@pytest.mark.parametrize(("count", "n"), [(-1, 10), (11, 10), ([1, 11], 10), (0, 0), (math.nan, 10)])
+@pytest.mark.parametrize(("count", "n"), [(-1, 10), (11, 10), ([1, 11], 10), (0, 0), (math.nan, 10), (0.06, 500)])
 def test_wilson_of_impossible_counts(count, n):
-    with pytest.raises(ValueError, match=f"^counts must lie between 0 and {n} images$"):
+    with pytest.raises(ValueError, match=f"^counts must be whole numbers, not shares, between 0 and {n} images$"):
         wilson(count, n)
 
 
@@ -71,7 +71,7 @@ def test_two_errors_of_zero_may_still_differ():
     low, high = error_difference(0, 0, 500)
     assert (low, high) == pytest.approx((-wilson(0, 500)[1], wilson(0, 500)[1]))
     assert high > 0.005
-    with pytest.raises(ValueError, match="counts must lie between 0 and 500 images"):
+    with pytest.raises(ValueError, match="counts must be whole numbers, not shares, between 0 and 500 images"):
         error_difference(0.5, 1.1, 500)
 
 

@@ -32,13 +32,13 @@ def wilson(count: np.ndarray | int, images: int) -> tuple[np.ndarray, np.ndarray
     Returns:
         The lower and upper ends as fractions, in the shape of ``count``.
 
-    Raises TypeError or ValueError where a count lies outside 0 to ``images``, or an argument makes no sense.
+    Raises TypeError or ValueError where a count is no whole number from 0 to ``images``, or an argument makes no sense.
     """
     from scipy.special import ndtri  # imported when needed, as everywhere: scipy doubles the time of the import
 
     count = _numbers("count", count)
-    if _numbers("images", images).ndim or not 1 <= images < np.inf or not ((count >= 0) & (count <= images)).all():
-        raise ValueError(f"counts must lie between 0 and {images} images")
+    if _numbers("images", images).ndim or not 1 <= images < np.inf or (np.rint(count).clip(0, images) != count).any():
+        raise ValueError(f"counts must be whole numbers, not shares, between 0 and {images} images")
     share, z = count / images, ndtri(0.975)
     middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
     half = z / (1 + z**2 / images) * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
@@ -59,7 +59,7 @@ def error_difference(first: float, second: float, images: int) -> tuple[float, f
     given = {"first": first, "second": second, "images": images}
     if any(_numbers(name, value).size != 1 for name, value in given.items()):
         raise ValueError("first, second and images must be one number each")
-    (low, low_2), (high, high_2) = wilson(np.array([first, second]) * images, images)
+    (low, low_2), (high, high_2) = wilson(np.rint(np.array([first, second]) * images), images)
     below, above = np.hypot(second - low_2, high - first), np.hypot(high_2 - second, first - low)
     return float(second - first - below), float(second - first + above)
 
