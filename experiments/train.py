@@ -14,12 +14,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from cells import checksum, parser, read_json, run, sweep, write
+from cells import checksum, hardware, parser, read_json, run, sweep, write
 from measurements import first, has_skips, spectrum_in_training
 from unravelling import build, evaluate, fit, gradient_norms, save
 from unravelling.batches import device_of
@@ -52,7 +52,7 @@ def train(options: argparse.Namespace) -> None:
     checkpoint = check_path(checkpoint=options.checkpoint or options.out.with_name("checkpoint.pt"))
     if checkpoint.suffix != ".pt":
         raise ValueError(f"--checkpoint {checkpoint}: expected a file that ends with .pt")
-    previous, progress = checkpoint.with_suffix(".previous.pt"), checkpoint.with_suffix(".seconds.json")
+    previous, progress = checkpoint.with_suffix(".previous.pt"), checkpoint.with_suffix(".epochs.json")
     recipe, data = RECIPES[options.recipe], load_dataset(options.dataset, options.data)
     chain = build(options.network, options.dataset, seed=options.seed).to(options.device)
     total = recipe.epochs or math.ceil((recipe.iterations or 0) / (len(data.train) // recipe.batch_size))
@@ -68,16 +68,17 @@ def train(options: argparse.Namespace) -> None:
         print(f"{error}\ngoing on from the one before it, an epoch earlier", flush=True)
         write_atomically(checkpoint, lambda to: shutil.copyfile(previous, to))
     going_on = checkpoint.exists() and progress.exists()
-    seconds = read_json(progress, "delete it, and the record will lack the time so far") if going_on else []
+    epochs = read_json(progress, "delete it, and the record will lack the time so far") if going_on else []
     clock = time.perf_counter()
 
     def on_epoch(epoch: int, chain: Chain) -> None:
         """Measure the network in training, into files beside the checkpoint, and keep the checkpoint before it."""
-        seconds[max(0, epoch - 1) :] = [round(time.perf_counter() - clock, 1)] if epoch else []
+        spent = round(time.perf_counter() - clock, 1), hardware(options.device)
+        epochs[max(0, epoch - 1) :] = [spent] if epoch else []
         for what, table in _in_training(epoch, total, chain, data).items():
             path = checkpoint.with_suffix(f".{epoch}.{what}.csv")
             write_atomically(path, partial(table.assign(epoch=epoch).to_csv, index=False))
-        write_atomically(progress, lambda to: to.write_text(json.dumps(seconds)))
+        write_atomically(progress, lambda to: to.write_text(json.dumps(epochs)))
         if checkpoint.exists():
             write_atomically(previous, lambda to: shutil.copyfile(checkpoint, to))
 
@@ -90,17 +91,19 @@ def train(options: argparse.Namespace) -> None:
             history = fitting(checkpoint=checkpoint, stop_after=1, on_epoch=on_epoch)
             now = history.iloc[-1]
             errors = f"errors: training {100 * now.train_error:.1f} %, validation {100 * now.validation_error:.1f} %"
-            print(f"{name}: epoch {len(history)} of {total}, {sum(seconds[-1:]):.0f} s; {errors}", flush=True)
-    _write(chain, data, history, checkpoint, options, sum(seconds))
+            took = sum(seconds for seconds, _ in epochs[-1:])
+            print(f"{name}: epoch {len(history)} of {total}, {took:.0f} s; {errors}", flush=True)
+    _write(chain, data, history, checkpoint, options, epochs)
     snapshots = [f".{epoch}.{name}.csv" for name, epochs in _snapshots(total).items() for epoch in epochs]
     for left in (checkpoint, previous, progress, *map(checkpoint.with_suffix, snapshots)):
         left.unlink(missing_ok=True)
 
 
 def _write(
-    chain: Chain, data: Dataset, history: pd.DataFrame, checkpoint: Path, options: argparse.Namespace, seconds: float
+    chain: Chain, data: Dataset, history: pd.DataFrame, checkpoint: Path, options: argparse.Namespace,
+    epochs: Sequence[tuple[float, str]],
 ) -> None:
-    """Write the tables, then the weights, whose presence says that all is there."""
+    """Write the tables, then the weights, whose presence says that all is there; ``epochs``: seconds and hardware."""
     start = time.perf_counter()
     some = first(data.train, 10_000)
     splits = {"train": some, "validation": data.validation, "test": data.test}
@@ -116,8 +119,9 @@ def _write(
         if all(file.exists() for file in files):
             table = pd.concat(map(_snapshot, files))
             tables[name] = table[["epoch", *table.columns.drop("epoch")]]
-    total = round(seconds + time.perf_counter() - start, 1)
+    total = round(sum(seconds for seconds, _ in epochs) + time.perf_counter() - start, 1)
     about = {"data": data.label, "seconds": total, "weights": checksum(chain.state_dict())}
+    about["hardware"] = "; ".join(dict.fromkeys(where for _, where in epochs)) or hardware(options.device)
     images = f"all {len(data.test)} test and {len(data.validation)} validation images, the first {len(some)} training "
     for name, table in tables.items():
         more = {"images": f"{images}images"} if name == "networks" else {}

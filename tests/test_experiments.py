@@ -364,8 +364,8 @@ def stopped(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("checkpoint.seconds.json", b"[1, "),
-        ("checkpoint.seconds.json", b"\xff"),
+        ("checkpoint.epochs.json", b"[1, "),
+        ("checkpoint.epochs.json", b"\xff"),
         ("checkpoint.1.gradient_norms.csv", b""),
         ("checkpoint.1.gradient_norms.csv", b"\xff\xfe\0"),
         ("checkpoint.1.gradient_norms.csv", b"state,gradient_norm,epoch\n0,0.5,1\n1,0."),
@@ -383,6 +383,18 @@ def test_a_broken_file_beside_the_checkpoint_is_named(name, content, stopped, tm
     assert "delete" in said
     (tmp_path / "row" / name).unlink()  # as it says
     assert train.main(words(TOY[0], "--out", tmp_path / "row/weights.safetensors")) == 0
+
+
+def test_the_record_names_the_hardware_of_every_epoch(stopped, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=1))
+    shutil.copytree(stopped, tmp_path / "row")
+    progress = tmp_path / "row/checkpoint.epochs.json"
+    (seconds, here) = json.loads(progress.read_text())[0]
+    progress.write_text(json.dumps([(1000, "another machine"), (seconds, here)]))
+    assert train.main(words(TOY[0], "--out", tmp_path / "row/weights.safetensors")) == 0
+    record = json.loads((tmp_path / "row/training.json").read_text())
+    assert record["hardware"] == f"another machine; {here}"
+    assert 1000 < record["seconds"] < 1000 + 600
 
 
 def test_units_are_compiled_for_the_training_alone(monkeypatch):
@@ -939,7 +951,7 @@ def until(condition, seconds=240):
 
 
 def epochs_of(row):
-    progress = row / "checkpoint.seconds.json"
+    progress = row / "checkpoint.epochs.json"
     return len(json.loads(progress.read_text())) if progress.exists() else 0
 
 
