@@ -137,7 +137,7 @@ def _page(record: dict[str, list[dict[str, Any]]], networks: pd.DataFrame) -> st
             spent = [sum(made[name]["seconds"][str(row)] for name in names) for names in (["networks"], measured)]
             evidence = [
                 f"{100 * error:.2f} ({100 * low:.2f}–{100 * high:.2f})",
-                "; ".join(dict.fromkeys(run["hardware"] for run in made.values())),
+                "; ".join(dict.fromkeys(kind for run in made.values() for kind in run["hardware"].split("; "))),
                 " + ".join(f"{seconds / 60:.0f}" for seconds in spent),
                 ", ".join(dict.fromkeys(run["commit"] for run in made.values())),
             ]
