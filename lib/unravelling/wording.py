@@ -20,7 +20,7 @@ def network_label(network: str) -> str:
     for family in ("ResNet", "plain", "VGG"):
         if network.startswith(family.lower()):
             depth, _, variant = network[len(family) :].partition("-")
-            variant = {"nobn": "without batch norm", "post": "of 2015"}.get(variant, variant)
+            variant = {"nobn": "without batch norm", "post": "of 2015", "joint6": "times six, as one"}.get(variant, variant)
             return f"{family}-{depth} {variant}".strip()
     return network
 
