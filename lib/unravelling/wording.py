@@ -20,8 +20,8 @@ def network_label(network: str) -> str:
     for family in ("ResNet", "plain", "VGG"):
         if network.startswith(family.lower()):
             depth, _, variant = network[len(family) :].partition("-")
-            variant = {"nobn": "without batch norm", "post": "of 2015", "joint6": "times six, as one"}.get(variant, variant)
-            return f"{family}-{depth} {variant}".strip()
+            known = {"nobn": "without batch norm", "post": "of 2015", "joint6": "times six, as one"}
+            return f"{family}-{depth} {known.get(variant, variant)}".strip()
     return network
 
 
