@@ -168,6 +168,7 @@ def test_what_applies_gives_rows_and_says_on_which_images(network, monkeypatch):
     monkeypatch.setattr(measurements, "K", (1, 3))
     monkeypatch.setattr(measurements, "SWAPS", (1, None))
     monkeypatch.setattr(measurements, "ACTIVE", (4, 6))
+    assert "damage" not in measurements.applicable(build(network, "digits"))
     monkeypatch.setattr(measurements, "DEEP", 6)
     whole, few = digits(), torch.arange(20)
     data = Dataset("digits", whole.train.take(few), whole.validation, whole.test.take(few), whole.classes, "digits")

@@ -67,6 +67,12 @@ def test_difference_of_errors_nears_walds_interval():
     assert (low, high) == pytest.approx((0.25 - half, 0.25 + half), abs=1e-5)
 
 
+def test_shares_that_are_no_exact_fractions_are_counts_all_the_same():
+    assert 0.29 * 100 < 29
+    low, high = error_difference(0.29, 0.57, 100)
+    assert low < 0.28 < high
+
+
 def test_two_errors_of_zero_may_still_differ():
     low, high = error_difference(0, 0, 500)
     assert (low, high) == pytest.approx((-wilson(0, 500)[1], wilson(0, 500)[1]))
