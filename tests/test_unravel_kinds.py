@@ -771,8 +771,9 @@ def test_blocks_without_gradient_are_refused_in_words():
 
 
 def test_scripts_and_compiled_programs_are_refused_in_words():
-    for model in (torch.jit.trace(net(add), X), torch.jit.script(nn.Sequential(linear(), linear()))):
-        with pytest.raises(Unsupported, match="TorchScript"):
+    exported = torch.export.export(net(add), (X,)).module()
+    for model in (torch.jit.trace(net(add), X), torch.jit.script(nn.Sequential(linear(), linear())), exported):
+        with pytest.raises(Unsupported, match="TorchScript program, or one of torch.export"):
             unravel(model, X)
 
 
@@ -1356,3 +1357,110 @@ def test_a_mask_that_is_asked_whether_it_is_a_tensor():
     mask[:, 3:] = 0
     assert torch.equal(chain((x, mask)), model(x, mask))
     assert len(chain) == 3
+
+
+# ---------------------------------------------------------------- inputs, outputs and what a pass leaves behind
+
+
+def exits(form):
+    def f(s, x):
+        x, found = s.i(x), []
+        for block in s.body:
+            x = block(x)
+            found.append(s.o(x))
+        return form(found)
+
+    return wrapped(f)
+
+
+@pytest.mark.parametrize("form", [list, lambda found: dict(enumerate(found)), lambda found: (found[0], found[1:])])
+def test_additions_that_lead_to_other_outputs_alone_are_told_of(form):
+    model = exits(form)
+    with pytest.warns(UserWarning, match="2 more additions lead to other outputs"):
+        chain = unravel(model, X)
+    assert len(chain) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(unravel(exits(lambda found: found[-1]), X)) == 3
+        assert len(unravel(exits(lambda found: (found[-1], found[0])), X)) == 3
+
+
+def test_a_model_that_overwrites_its_input_is_handed_copies():
+    model, x = wrapped(lambda s, x: s.o(s.body(s.i(x.mul_(2))))), X.clone()
+    chain = unravel(model, x)
+    chain.verify(x)
+    assert torch.equal(x, X)
+    assert torch.equal(chain(x), model(X.clone()))
+    assert torch.equal(x, X)
+
+
+def test_a_model_that_counts_its_calls_is_refused_where_it_matters():
+    def counting(step):
+        def f(s, x):
+            s.calls = getattr(s, "calls", 0) + 1
+            return s.o(s.body(s.i(x))) * (1 + step * s.calls)
+
+        return wrapped(f)
+
+    exact(unravel(counting(0), X), counting(0), units=3)
+    model = counting(1)
+    with pytest.raises(Unsupported, match="each changes an attribute of its modules"):
+        unravel(model, X)
+    assert not hasattr(model, "calls")
+
+
+def test_what_torch_says_of_a_model_while_it_is_traced_is_not_handed_on():
+    class Instance(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.body, self.o = linear(), body(add), linear()
+
+        def forward(self, x):  # reversible normalisation
+            self.mean, self.scale = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+            return self.o(self.body(self.i((x - self.mean) / self.scale))) * self.scale + self.mean
+
+    model, x = seeded(Instance), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chain = unravel(model, x)
+    assert [str(w.message)[:13] for w in caught] == ["3 of 4 additi"]
+    assert not hasattr(model, "mean")
+    assert any("path gradients hold that fixed" in note for note in chain.notes)
+    assert torch.equal(chain(x), model(x))
+    assert not any("hold that fixed" in note for note in unravel(net(add), X).notes)
+
+
+def test_complex_networks_are_compared_with_their_gradients():
+    class Complex(nn.Module):
+        def __init__(self, real):
+            super().__init__()
+            self.i, self.layers, self.real = self.layer(), nn.ModuleList(self.layer() for _ in range(3)), real
+
+        @staticmethod
+        def layer():
+            return nn.Linear(8, 8, dtype=torch.complex64)
+
+        def forward(self, x):
+            x = self.i(x)
+            for layer in self.layers:
+                x = x + torch.tanh(layer(x))
+            return x.abs() if self.real else x
+
+    x = torch.randn(2, 8, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    for real in (True, False):
+        chain = unravel(seeded(lambda real=real: Complex(real)), x)
+        table = chain.verify(x).set_index("check")
+        assert table["compared"].to_dict() == {
+            "logits": 1, "gradient at the input": 1, "gradient at the parameters": 8, "deletion": 3
+        }
+    with pytest.raises(TypeError, match="loss of your own"):
+        gradient_by_length(chain, x, torch.zeros(2, dtype=torch.long))
+    assert gradient_by_length(chain, x, x, lambda logits, y: (logits - y).abs().sum(), at="pixels").is_complex()
+
+
+def test_functions_that_ask_for_the_mode_are_told_of():
+    model = net(lambda s, x: x + F.dropout(s.a(s.ln(x)), 0.5, training=s.training))
+    chain = unravel(model, X)
+    assert [note for note in chain.notes if note.startswith("dropout: computed as in eval mode")]
+    assert torch.equal(chain.train()(X), chain.eval()(X))
+    assert unravel(net(add), X).notes == []

@@ -70,7 +70,7 @@ class Unravelled(Chain):
     """A chain made by `unravel`, which can be compared with the model that it came from.
 
     Attributes:
-        notes: reasons for which the chain's numbers may differ from the model's in the last bits.
+        notes: reasons for which the chain's numbers may differ from the model's, and what else to know of it.
         traced_by: ``"torch.fx"`` or ``"torch.export"``.
     """
 
@@ -147,9 +147,10 @@ def unravel(
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = cast("nn.Module", getattr(model, "_orig_mod", None) or model.module)  # in torch.compile, or a wrapper
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) or "eval" in vars(module):  # which exported ones refuse
             raise Unsupported(
-                f"{name or 'this model'} is a TorchScript program, whose modules are gone: use what it was made from"
+                f"{name or 'this model'} is a TorchScript program, or one of torch.export, whose modules are gone: use "
+                "what it was made from"
             )
     if isinstance(model, Chain):
         raise ValueError("this model is a chain already")
@@ -231,14 +232,16 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
             "all, as a tuple or as a dict"
         ) from error
     before, drawn = dense_copies(model.named_buffers()), torch.get_rng_state()
+    attributes = lambda: [{name: id(v) for name, v in vars(m).items()} for m in model.modules()]  # noqa: E731
+    kept = attributes()  # numbers that are not given anew meanwhile, as `preserved` holds what they stand for
     with torch.no_grad(), named_failure(x, "the model cannot take x, the example"):
         logits = call(model, x)
     if not isinstance(logits, Tensor):
         raise Unsupported(f"the model returns a {type(logits).__name__}, in which there is no tensor of logits")
     changed = [name for name, (buffer, old) in before.items() if not torch.equal(buffer, old)]
-    if changed or logits.device.type != "cpu" or not torch.equal(drawn, torch.get_rng_state()):
-        why = f"each changes the buffer {changed[0]}" if changed else "it draws random numbers"
-        refuse_changing(model, x, logits, why)
+    if changed or kept != attributes() or logits.device.type != "cpu" or not torch.equal(drawn, torch.get_rng_state()):
+        why = "it draws random numbers" if kept == attributes() else "each changes an attribute of its modules"
+        refuse_changing(model, x, logits, f"each changes the buffer {changed[0]}" if changed else why)
     return logits, [f"a forward pass changes the buffer {n}, which the chain may leave as it is" for n in changed[:1]]
 
 
@@ -265,7 +268,8 @@ def _first_right_chain(
     while ways:
         try:
             with redirect_stderr(io.StringIO()):  # torch.export and torch.fx print whole graphs where they fail
-                with preserved(model):  # a forward that assigns to its module leaves proxies there
+                with preserved(model), warnings.catch_warnings():  # a forward may leave proxies in its module
+                    warnings.simplefilter("ignore")  # of torch and of the model, which are theirs to give in a pass
                     if ways[0] == "torch.fx":
                         traced = trace_symbolically(model, x, map(model.get_submodule, makers))
                     else:

@@ -43,6 +43,8 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         TypeError, ValueError: a label is no class, or none is left.
     """
     check_kind(Tensor, "a tensor (B, K), or a loss of your own", logits=logits)
+    if logits.is_complex():
+        raise TypeError("the logits are complex: give a loss of your own")
     if isinstance(y, Tensor) and y.is_floating_point() and y.shape == logits.shape and y.dim() != 3:  # probabilities
         return F.cross_entropy(logits, y)
     logits = class_last(logits, y)
@@ -508,7 +510,7 @@ def _double(x: Tensor) -> Tensor:
 
 def _to_pixels(chain: Chain, batch: Any, gradients: Tensor) -> Tensor:
     x, _ = inputs_and_labels(chain, batch, labels=False)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         raise ValueError('the input holds no numbers to take a gradient at: use at="stem", the first unit\'s input')
     x = x.detach().requires_grad_()
     y_0 = chain.stem(x)

@@ -57,10 +57,10 @@ def gradients(module: nn.Module, model: nn.Module, x: Any) -> tuple[Tensor, Grad
     leaves: dict[tuple[str, str], Tensor] = {}
 
     def leaf(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.is_floating_point():
+        if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
             return t
         leaves["input", str(len(leaves))] = copy = t.detach().clone().requires_grad_()
-        return copy.clone()  # a model may overwrite its input, but not a leaf
+        return copy.clone()  # what is overwritten must be no leaf
 
     with torch.enable_grad():
         example = tree_map(leaf, x)
@@ -68,8 +68,9 @@ def gradients(module: nn.Module, model: nn.Module, x: Any) -> tuple[Tensor, Grad
         logits = call(module, example) if module is model else module(example)
     if not logits.requires_grad or not leaves:
         return logits, {}
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    total = (logits * weights.to(logits)).sum()
+    real = torch.view_as_real(logits) if logits.is_complex() else logits
+    weights = torch.randn(real.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = (real * weights.to(real)).sum()
     try:
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     except RuntimeError:

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import permutations, product
 from typing import Any, cast
 
 import torch
@@ -136,8 +136,20 @@ def read(
         stretch.zeros = _zeros(reading, stretch)
     serious, notes = _account(reading, stretches)
     warnings += notes[:1] if serious and by_hand is None else []
+    if beside := reading.beside():
+        warnings.append(
+            f"{beside} more addition{'s lead' if beside > 1 else ' leads'} to other outputs of the model than the one "
+            "taken for its logits: for a chain to another one, unravel a wrapper that returns it alone"
+        )
     if best[1]:
         notes.append("later units read values from within the first: the stem computes them, so that they outlast it")
+    data, first = reading.data_from(reading.entry), reading.order[stretches[0].state]
+    read_later = {arg for node in reading.active if reading.order[node] > first for arg in node.all_input_nodes}
+    if any(reading.order[node] != first and reading.latest[node] <= first for node in read_later & data):
+        notes.append("units or the head also read y_0, or what it came from: path gradients hold that fixed")
+    functions = {name_of(node) for node in reading.active if node.op != "call_module"}
+    if fixed := sorted(name for name in functions if "dropout" in name or "batch_norm" in name):
+        notes.append(f"{', '.join(fixed)}: computed as in eval mode, even where the chain is in training mode")
     start = traced.inputs[reading.entry]
     others = [name for name in names if name != start]
     if others:
@@ -196,7 +208,8 @@ def _stretches(
 
 
 def _told(reading: Reading, causes: dict[str, list[fx.Node]]) -> list[str]:
-    return [f"{text} ({len(ends)} times, first in {place(reading, ends[0])})" for text, ends in causes.items()]
+    often = {text: f"{len(ends)} times, first" if len(ends) > 1 else "once," for text, ends in causes.items()}
+    return [f"{text} ({often[text]} in {place(reading, ends[0])})" for text, ends in causes.items()]
 
 
 def _data(node: fx.Node) -> list[fx.Node]:
@@ -241,7 +254,8 @@ class Reading:
         for node in nodes:
             for key, _ in self.stacks[node]:
                 self.calls.setdefault(key, set()).add(node)
-        self.active = self._active(nodes)
+        self.reached = self.data_from(self.source)
+        self.active = self._leading_to({self.traced.output})  # the stream
         # for every node, the position of the last stream node that it depends on, and whether it depends on no input
         self.latest: dict[fx.Node, int] = {}
         self.constant: dict[fx.Node, bool] = {}
@@ -336,20 +350,30 @@ class Reading:
         if reading is not None:
             reading._survey()
 
-    def _active(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-        """Return the stream: nodes that data flows through from the main input, and on to the logits."""
-        reached = {self.source}
-        for node in nodes:
+    def data_from(self, source: fx.Node) -> set[fx.Node]:
+        """Return the nodes that data flows to from a node, itself among them."""
+        reached = {source}
+        for node in self.traced.graph.nodes:
             name = name_of(node)
             to_bool = name == "to" and torch.bool in (*node.args, *node.kwargs.values())
             ends = _is_shape(node) or to_bool or name in NO_DATA or "assert" in name or "guard" in name
             if not ends and any(arg in reached for arg in _data(node)):
                 reached.add(node)
-        live = {self.traced.output}
-        for node in reversed(nodes):
+        return reached
+
+    def _leading_to(self, ends: set[fx.Node]) -> set[fx.Node]:
+        """Return the nodes that data flows through from the main input to one of some ends."""
+        live = set(ends)
+        for node in reversed(self.traced.graph.nodes):
             if node in live:
-                live.update(arg for arg in _data(node) if arg in reached)
-        return reached & live
+                live.update(arg for arg in _data(node) if arg in self.reached)
+        return self.reached & live
+
+    def beside(self) -> int:
+        """Return how many sums of a state and what is computed from it lead to other outputs than the logits alone."""
+        others = self._leading_to({n for n in self.reached if any(user.op == "output" for user in n.users)})
+        pairs = [others & {*_data(node)} for node in others - self.active if name_of(node) in SUMS]
+        return sum(any(a in self._leading_to({b}) for a, b in permutations(pair, 2)) for pair in pairs)
 
     def cuts_after(self, start: fx.Node, end: fx.Node | None) -> list[fx.Node]:
         """Return the cuts from one, exclusive, to another, inclusive; to the last one if that is None."""
@@ -667,7 +691,10 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
     if any(name_of(node) == "wrap_with_set_grad_enabled" for node in nodes):
         return f"{name} computes its stream under torch.no_grad(), where torch.export does not look: leave that out"
     if causes:
-        return f"no chain of residual units computes {name}: {'; '.join(_told(reading, causes))}"
+        return (
+            f"no chain of residual units computes {name}: {'; '.join(_told(reading, causes))}. Unravel a part without "
+            "such sums, or keep streams that belong together in one tensor"
+        )
     if joins and not any(weighted for *_, weighted in reading.sums.values()):
         what = f"{len(joins)} concatenation{'s' * (len(joins) > 1)} (the first in {place(reading, joins[0])})"
         return (

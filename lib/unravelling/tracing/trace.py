@@ -52,8 +52,11 @@ def logits_of(output: Any) -> Any:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """Call a model on a tensor, a tuple of arguments, or a dict of keyword arguments; return its logits."""
-    args, kwargs = arguments(x)
+    """Call a model on a tensor, a tuple of arguments, or a dict of keyword arguments; return its logits.
+
+    It is handed copies, since it may overwrite its input.
+    """
+    args, kwargs = tree_map_only(Tensor, torch.clone, arguments(x))
     return logits_of(model(*args, **kwargs))
 
 
