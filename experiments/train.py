@@ -24,7 +24,7 @@ from measurements import first, has_skips, spectrum_in_training
 from unravelling import build, evaluate, fit, gradient_norms, save
 from unravelling.batches import device_of
 from unravelling.chain import Chain
-from unravelling.data import Dataset, check_path, load_dataset, write_atomically
+from unravelling.data import Dataset, load_dataset, write_atomically
 from unravelling.train import RECIPES, as_tested
 
 SNAPSHOTS = {0, 1, 2, 4, 5, 10, 15, 20, 50, 100, 164}
@@ -35,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     options = parser(__doc__)
     options.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, .safetensors")
-    options.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: checkpoint.pt beside the weights")
     options.add_argument("--compile", action="store_true", help="compile the units; takes minutes, and pays in hours")
     return run(train, options.parse_args(arguments), ".safetensors")
 
@@ -49,9 +48,7 @@ def train(options: argparse.Namespace) -> None:
         OSError: a file could not be written; what was written before is whole.
     """
     name = f"{options.network}-seed{options.seed}-{options.recipe}"
-    checkpoint = check_path(checkpoint=options.checkpoint or options.out.with_name("checkpoint.pt"))
-    if checkpoint.suffix != ".pt":
-        raise ValueError(f"--checkpoint {checkpoint}: expected a file that ends with .pt")
+    checkpoint = options.out.with_name("checkpoint.pt")
     previous, progress = checkpoint.with_suffix(".previous.pt"), checkpoint.with_suffix(".epochs.json")
     recipe, data = RECIPES[options.recipe], load_dataset(options.dataset, options.data)
     chain = build(options.network, options.dataset, seed=options.seed).to(options.device)

@@ -489,7 +489,8 @@ def test_jobs_share_the_gpus_out(monkeypatch):
         ("--device", "meta"),
         ("--threads", "0"),
         ("--threads", "99999999999"),
-        ("--checkpoint", ""),
+        ("--seed", "-1"),
+        ("--seed", "99999999999999999999"),
         ("--data", "~nobody-of-this-name/images"),
         ("--out", "w.pt"),
         ("--out", ""),
@@ -512,14 +513,14 @@ def test_bad_input_gets_a_message_and_status_2(option, value, capsys, tmp_path, 
 def test_a_folder_is_no_file(tmp_path, capsys):
     (tmp_path / "w.safetensors").mkdir()
     assert train.main(words(TOY[0], "--out", tmp_path / "w.safetensors")) == 2
-    assert "is a folder: name a file" in capsys.readouterr().err
+    assert "expected a file, no folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seed", ["0-3000000000", "3000000000", "-1", "1.5", ""])
+@pytest.mark.parametrize("seed", ["0-3", "1.5", ""])
 def test_a_seed_is_one_number(seed, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(["--network", "resnet8", f"--seed={seed}", "--out", "w.safetensors"])
-    assert f"{seed!r} is not one number from 0 to 2147483647" in capsys.readouterr().err
+    assert f"--seed: invalid int value: {seed!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, b"no weights"])
@@ -1052,23 +1053,21 @@ def test_a_pod_runs_the_script_of_a_job(tmp_path):
 
 def test_float32_is_not_rounded_in_the_convolutions_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    options, seen = argparse.Namespace(out=tmp_path / "a.csv", threads=None, device="cpu"), []
+    options, seen = argparse.Namespace(out=tmp_path / "a.csv", threads=None, device="cpu", seed=0), []
     assert cells.run(lambda _: seen.append(torch.backends.cudnn.allow_tf32), options, ".csv") == 0
     assert seen == [False]
 
 
-def test_only_its_own_files_are_removed_after_a_training(tmp_path, monkeypatch, capsys):
+def test_only_its_own_files_are_removed_after_a_training(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=1))
     monkeypatch.chdir(tmp_path)
-    for name in ("model.onnx", "model.1.csv", "model.previous"):
+    others = {"checkpoint.onnx", "checkpoint.1.csv", "checkpoint.previous", "model.pt"}
+    for name in others:
         Path(name).touch()
-    out = tmp_path / "model.safetensors"
-    assert train.main(words(TOY[0], "--out", out, "--checkpoint", "model.pt")) == 0
+    assert train.main(words(TOY[0], "--out", "model.safetensors")) == 0
     there = {path.name for path in tmp_path.iterdir()}
     tables = {f"{name}.{kind}" for name in matrix.TRAINING for kind in ("csv", "json")}
-    assert there - tables == {"model.onnx", "model.1.csv", "model.previous", "model.safetensors"}
-    assert train.main(words(TOY[0], "--out", "other.safetensors", "--checkpoint", "model.seed2")) == 2
-    assert "expected a file that ends with .pt" in capsys.readouterr().err
+    assert there - tables == others | {"model.safetensors"}
 
 
 def test_the_home_folder_is_found_wherever_it_is_written(runs, tmp_path, monkeypatch):
