@@ -224,7 +224,7 @@ def execute(name: str) -> None:
         raise BookError(f"{report.relative_to(ROOT)} could not be written: {error}") from error
     except Exception as error:  # whatever stopped the notebook
         cells = [c for c in read(report).cells if not ADDED.intersection(tags(c))] if report.exists() else []
-        begun = sum(cell.metadata.papermill.status != "pending" for cell in cells)
+        begun = sum(cell.metadata.papermill.start_time is not None for cell in cells)
         where = f", cell {begun} of {len(cells)}" if begun else ""
         raise BookError(f"{name}.ipynb{where}: {getattr(error, 'ename', type(error).__name__)}: "
                         f"{getattr(error, 'evalue', error)}\nas far as it got: {report.relative_to(ROOT)}") from error

@@ -223,10 +223,11 @@ def test_unreadable_notebook_is_named(project):
 
 
 def test_kernel_that_is_killed_names_its_cell(project):
-    project.replace("print('N is', N)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    done = project.run()
+    die = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    small_notebook(project.root / "book/01-one.ipynb", "One", parameters("N = 3"), die, "print('N is', N)")
+    done = project.run("PARAMETERS=-p N 5")
     assert done.returncode != 0
-    assert "01-one.ipynb, cell 4 of 4: DeadKernelError" in done.stderr
+    assert "01-one.ipynb, cell 4 of 5: DeadKernelError" in done.stderr
     assert "Traceback" not in done.stderr
     assert not project.one.exists()
 
