@@ -138,10 +138,8 @@ def refuse(name: str, value: Any, default: Any) -> None:
 def tidy(notebook: NotebookNode) -> list[str]:
     """Strip what differs from run to run, and progress bars; return what else was written to stderr."""
     notes = []
-    notebook.metadata = NotebookNode(
-        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
-        language_info={"name": "python"},
-    )
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
     for number, cell in enumerate(notebook.cells, 1):
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in KEPT and v})
         kept: list[NotebookNode] = []
@@ -190,17 +188,17 @@ def prepare(*options: str) -> None:
             given[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise BookError(f"the parameter {name} cannot be {text}, which is no YAML: {error}") from error
-    paths = sorted(BOOK.glob("*.ipynb"))
-    known = {path: declared(read(path)) for path in paths}
+    notebooks = {path.stem: read(path) for path in sorted(BOOK.glob("*.ipynb"))}
+    known = {stem: declared(notebook) for stem, notebook in notebooks.items()}
     for name in set(given).difference(*known.values()):
-        have = "\n".join(f"  {path.stem}: {', '.join(names)}" for path, names in known.items() if names)
+        have = "\n".join(f"  {stem}: {', '.join(names)}" for stem, names in known.items() if names)
         raise BookError(f"no notebook has a parameter {name}; they have\n{have}")
-    for path in paths:
-        cells = [[cell.source, "parameters" in tags(cell)] for cell in code(read(path)) if "colab" not in tags(cell)]
-        own = {name: value for name, value in given.items() if name in known[path]}
+    for stem, notebook in notebooks.items():
+        cells = [[cell.source, "parameters" in tags(cell)] for cell in code(notebook) if "colab" not in tags(cell)]
+        own = {name: given[name] for name in known[stem] if name in given}
         for name, value in own.items():
-            refuse(name, value, known[path][name])
-        write(CODE / f"{path.stem}.json", json.dumps({"parameters": own, "cells": cells}))
+            refuse(name, value, known[stem][name])
+        write(CODE / f"{stem}.json", json.dumps({"parameters": own, "cells": cells}))
     write(CODE / "versions.json", json.dumps([sys.version, *map(metadata.version, VERSIONS)]))
 
 
@@ -272,9 +270,7 @@ def pages(runs: str, target: str) -> None:
             complaints = [line for line in text.splitlines() if re.search("WARNING|ERROR|CRITICAL|rror:", line)]
             raise BookError("\n".join([*complaints, f"the pages were not built in {BUILD}, and the old ones stay: "
                                        f"{REPORTS.relative_to(ROOT)}/pages.log has the rest"]))
-        publish(html, copy, {path.name: read(path) for path in (source / "book").glob("*.ipynb")})
-        first = yaml.safe_load((source / "_toc.yml").read_text())["root"]
-        write(html / "index.html", f'<meta http-equiv="Refresh" content="0; url={first}.html" />\n')
+        publish(html, copy, sorted((source / "book").glob("*.ipynb")))
         os.utime(html / "index.html", (start, start))
         for new, old in ((html, Path(target)), (copy, BUILD / "plain")):
             if old.exists():
@@ -285,23 +281,23 @@ def pages(runs: str, target: str) -> None:
     print(f"{'pages':<34}{time.time() - start:>7.1f} s", flush=True)
 
 
-def publish(html: Path, target: Path, notebooks: dict[str, NotebookNode]) -> None:
+def publish(html: Path, target: Path, notebooks: list[Path]) -> None:
     """Write the plain editions, which are the pages' downloads too, into a copy of the repository.
 
     Colab and Binder open it, from a branch of its own.
     """
     import plain
 
-    address = settings()["repository"]
-    owner, name = address["url"].rstrip("/").rsplit("/", 2)[1:]
+    owner, name = settings()["repository"]["url"].rstrip("/").rsplit("/", 2)[1:]
     references = plain.known(html, BOOK / "references.bib", f"https://{owner}.github.io/{name}")
-    for path, notebook in notebooks.items():
+    for path in notebooks:
+        notebook = read(path)
         try:
             text = nbformat.writes(plain.plain(notebook, references, bootstrap(beside(notebook))))
         except plain.NotPlain as error:
-            raise BookError(f"{path}: {error}") from error
-        write(target / "book" / path, text)
-        write(html / "_sources/book" / path, text)
+            raise BookError(f"{path.name}: {error}") from error
+        for folder in (target / "book", html / "_sources/book"):
+            write(folder / path.name, text)
     unwanted = shutil.ignore_patterns("*.ipynb", "*.egg-info", "__pycache__", ".*")
     shutil.copytree(ROOT, target, dirs_exist_ok=True, ignore=lambda folder, names:
                     set(names).difference(SHARED) if Path(folder) == ROOT else unwanted(folder, names))
