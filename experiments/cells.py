@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _held: list[FileLock] = []  # until this process ends
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the options that say which network, on which device, and where the images are."""
+def parser(description: str | None, suffix: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that say which network, on which device, which images, and what file to write."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dataset", choices=SHAPES, default="digits", help="default: digits, which needs no download")
     parser.add_argument("--network", required=True, help="such as resnet110, plain20, vgg15-nobn, resnet110-post")
@@ -47,13 +47,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="FOLDER", help="where CIFAR-10 is (default: $UNRAVELLING_DATA)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: auto)")
     parser.add_argument("--threads", type=int, help="of the processor (default: what PyTorch chooses)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"to write, {suffix}")
+    parser.set_defaults(suffix=suffix)
     return parser
 
 
-def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace, suffix: str) -> int:
+def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Call ``work`` with the options, whose ``device`` is resolved, and return the status for the shell.
 
-    What ``--out`` names, a file with the suffix, is not made again. SIGTERM ends the process like Ctrl-C: files that
+    What ``--out`` names is not made again. SIGTERM ends the process like Ctrl-C: files that
     are being written are removed, what was written before is whole.
     """
 
@@ -66,8 +68,8 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace,
     try:
         follow(os.environ.get("UNRAVELLING_PARENT"))
         options.out, options.seed = check_path(out=options.out), check_number(seed=options.seed)
-        if options.out.is_dir() or options.out.suffix != suffix:
-            raise ValueError(f"--out {options.out}: expected a file, no folder, that ends with {suffix}")
+        if options.out.is_dir() or options.out.suffix != options.suffix:
+            raise ValueError(f"--out {options.out}: expected a file, no folder, that ends with {options.suffix}")
         if options.out.exists():
             print(f"{options.out}: done already")
             return 0

@@ -21,11 +21,10 @@ from unravelling.train import RECIPES, as_tested
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
-    options = parser(__doc__)
+    options = parser(__doc__, ".csv")
     options.add_argument("--what", required=True, choices=TABLE | ENSEMBLE, help="the measurement")
     options.add_argument("--weights", required=True, nargs="+", type=Path, metavar="FILE", help="that train.py wrote")
-    options.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the results, .csv")
-    return run(measure, options.parse_args(arguments), ".csv")
+    return run(measure, options.parse_args(arguments))
 
 
 def measure(options: argparse.Namespace) -> None:

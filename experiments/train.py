@@ -33,10 +33,9 @@ SNAPSHOTS = {0, 1, 2, 4, 5, 10, 15, 20, 50, 100, 164}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
-    options = parser(__doc__)
-    options.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, .safetensors")
+    options = parser(__doc__, ".safetensors")
     options.add_argument("--compile", action="store_true", help="compile the units; takes minutes, and pays in hours")
-    return run(train, options.parse_args(arguments), ".safetensors")
+    return run(train, options.parse_args(arguments))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -105,10 +104,8 @@ def _write(
     some = first(data.train, 10_000)
     splits = {"train": some, "validation": data.validation, "test": data.test}
     tested = as_tested(chain, RECIPES[options.recipe])
-    scores = {name: evaluate(tested, split) for name, split in splits.items()}
+    scores = {name: evaluate(tested, split) for name, split in splits.items()}  # refuses what has diverged
     columns = {f"{split}_{name}": scores[split][name] for split in splits for name in ("error", "loss", "images")}
-    if not all(map(math.isfinite, [*history["train_loss"], *(score["loss"] for score in scores.values())])):
-        raise ValueError(f"{options.out}: the training diverged, its losses are not finite; nothing is written")
     number = sum(parameter.numel() for parameter in chain.parameters())
     tables = {"training": history, "networks": pd.DataFrame([{"parameters": number} | columns])}
     for name in ("gradient_norms", "spectrum_training"):

@@ -386,6 +386,13 @@ def test_a_broken_file_beside_the_checkpoint_is_named(name, content, stopped, tm
     assert train.main(words(TOY[0], "--out", tmp_path / "row/weights.safetensors")) == 0
 
 
+def test_a_training_that_diverges_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=1, lr=1e30))
+    assert train.main(words(TOY[0], "--out", tmp_path / "weights.safetensors")) == 2
+    assert "diverged" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith("checkpoint.")]
+
+
 def test_the_record_names_the_hardware_of_every_epoch(stopped, tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=1))
     shutil.copytree(stopped, tmp_path / "row")
@@ -462,7 +469,7 @@ def test_the_commit_says_when_code_has_changed_since(tmp_path, monkeypatch):
 def test_the_record_is_there_before_its_table(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(cells, "write_atomically", lambda path, write: written.append(path.name))
-    options = cells.parser("").parse_args(["--network", "resnet8", "--device", "cpu"])
+    options = cells.parser("", ".csv").parse_args(["--network", "resnet8", "--device", "cpu", "--out", "cell.csv"])
     cells.write(pd.DataFrame({"error": [0.5]}), tmp_path / "cell.csv", options, {})
     assert written == ["cell.json", "cell.csv"]
 
@@ -1053,8 +1060,8 @@ def test_a_pod_runs_the_script_of_a_job(tmp_path):
 
 def test_float32_is_not_rounded_in_the_convolutions_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    options, seen = argparse.Namespace(out=tmp_path / "a.csv", threads=None, device="cpu", seed=0), []
-    assert cells.run(lambda _: seen.append(torch.backends.cudnn.allow_tf32), options, ".csv") == 0
+    options, seen = argparse.Namespace(out=tmp_path / "a.csv", threads=None, device="cpu", seed=0, suffix=".csv"), []
+    assert cells.run(lambda _: seen.append(torch.backends.cudnn.allow_tf32), options) == 0
     assert seen == [False]
 
 
