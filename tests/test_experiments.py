@@ -270,7 +270,7 @@ def test_several_networks_make_one_cell(runs, tmp_path):
     [
         ("nonsense", 2, "2 different files with resnet8 are resnet8x2"),
         ("resnet8x3", 2, "2 different files with resnet8 are resnet8x2"),
-        ("resnet8x2", 1, "1 different files with resnet8 are resnet8"),
+        ("resnet8x2", 1, "has network resnet8, not resnet8x2"),
         ("resnet8", 1, "takes several networks, or one whose members were trained as one"),
     ],
 )
@@ -290,6 +290,15 @@ def test_the_members_of_a_joint_network_make_the_same_table(tmp_path):
     pd.testing.assert_frame_equal(table, measurements.without_members(separate, test))
     assert table["error"][0] == evaluate(joint, test)["error"]
     assert measurements.applicable(joint) == ["ensemble"]
+
+
+def test_a_joint_network_is_measured_under_its_own_seed(tmp_path, capsys):
+    about = {"dataset": "digits", "recipe": "digits", "seed": 0}
+    joint = save(build("resnet8-joint2", "digits"), tmp_path / "w.safetensors", **about)
+    asked = ["--network", "resnet8-joint2", "--what", "ensemble", "--weights", str(joint), "--out"]
+    assert measure.main([*asked, str(tmp_path / "cell.csv"), "--seed", "1"]) == 2
+    assert "has seed 0, not 1" in capsys.readouterr().err
+    assert measure.main([*asked, str(tmp_path / "cell.csv")]) == 0
 
 
 # training and cells
