@@ -24,9 +24,7 @@ STATIC = Path(__file__).resolve().parent / "_static"
 LIMIT = 150_000
 """The most bytes of data that one figure may hold."""
 
-FALLBACK = (
-    "This interactive figure needs JavaScript. The figures around it show the same results."
-)
+FALLBACK = "This interactive figure needs JavaScript. The figures around it show the same results."
 
 CODES = "".join(chr(c) for c in range(ord("0"), ord("z") + 1) if chr(c).isalnum())
 """One character a unit, so that a draw of thirty units takes thirty bytes."""

@@ -26,6 +26,7 @@ import torch
 import unravelling
 from filelock import FileLock, Timeout
 from torch import Tensor
+from unravelling.chain import check_number
 from unravelling.data import check_device, check_path, read_tensors, write_atomically
 from unravelling.nets import SHAPES
 from unravelling.stored import KEYS
@@ -36,23 +37,25 @@ ROOT = Path(__file__).resolve().parents[1]
 _held: list[FileLock] = []  # until this process ends
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the options that say which network, on which device, and where the images are."""
+def parser(description: str | None, suffix: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that say which network, on which device, which images, and what file to write."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dataset", choices=SHAPES, default="digits", help="default: digits, which needs no download")
     parser.add_argument("--network", required=True, help="such as resnet110, plain20, vgg15-nobn, resnet110-post")
-    parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--recipe", choices=RECIPES, default="digits", help="default: digits")
     parser.add_argument("--data", metavar="FOLDER", help="where CIFAR-10 is (default: $UNRAVELLING_DATA)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: auto)")
     parser.add_argument("--threads", type=int, help="of the processor (default: what PyTorch chooses)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"to write, {suffix}")
+    parser.set_defaults(suffix=suffix)
     return parser
 
 
-def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace, suffix: str) -> int:
+def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Call ``work`` with the options, whose ``device`` is resolved, and return the status for the shell.
 
-    What ``--out`` names, a file with the suffix, is not made again. SIGTERM ends the process like Ctrl-C: files that
+    What ``--out`` names is not made again. SIGTERM ends the process like Ctrl-C: files that
     are being written are removed, what was written before is whole.
     """
 
@@ -64,11 +67,9 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace,
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         follow(os.environ.get("UNRAVELLING_PARENT"))
-        if options.out.is_dir() or not options.out.name:
-            raise ValueError(f"--out {options.out} is a folder: name a file")
-        if options.out.suffix != suffix:
-            raise ValueError(f"--out {options.out}: expected a file that ends with {suffix}")
-        options.out = check_path(out=options.out)
+        options.out, options.seed = check_path(out=options.out), check_number(seed=options.seed)
+        if options.out.is_dir() or options.out.suffix != options.suffix:
+            raise ValueError(f"--out {options.out}: expected a file, no folder, that ends with {options.suffix}")
         if options.out.exists():
             print(f"{options.out}: done already")
             return 0
@@ -229,9 +230,3 @@ def _device(name: str) -> str:
             _held.append(lock)
             return f"cuda:{number}"
     return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one number from 0 to 2147483647")
-    return int(text)

@@ -17,8 +17,8 @@ from unravelling.nets import SHAPES
 TARGETS = ("paper", "weights", "toy")
 TRAINING = ("networks", "training", "gradient_norms", "spectrum_training")
 """Tables that train.py writes beside the weights."""
-KINDS = {"tier": int, "network": str, "variant": str, "recipe": str, "seeds": list, "measure": list, "ship": bool}
-KINDS["members"] = int
+TEXTS = dict.fromkeys(("network", "variant", "recipe"), str)
+KINDS = TEXTS | {"tier": int, "members": int, "seeds": list, "measure": list, "ship": bool}
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from unravelling.train import RECIPES, as_tested
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
-    options = parser(__doc__)
+    options = parser(__doc__, ".csv")
     options.add_argument("--what", required=True, choices=TABLE | ENSEMBLE, help="the measurement")
     options.add_argument("--weights", required=True, nargs="+", type=Path, metavar="FILE", help="that train.py wrote")
-    options.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the results, .csv")
-    return run(measure, options.parse_args(arguments), ".csv")
+    return run(measure, options.parse_args(arguments))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -35,15 +34,14 @@ def measure(options: argparse.Namespace) -> None:
         ValueError: the measurement does not apply to the network, or the weights are another network's.
         OSError: a file could not be read or written.
     """
-    together = options.what in ENSEMBLE
+    together, number = options.what in ENSEMBLE, len({path.resolve() for path in options.weights})
     if len(options.weights) > 1 and not together:
         raise ValueError(f"{options.what} takes one network: give --weights one file")
     asked = {"dataset": options.dataset, "recipe": options.recipe}
-    asked |= {} if together else {"seed": options.seed, "network": options.network}
-    number = len({path.resolve() for path in options.weights})
+    asked |= {"seed": options.seed, "network": options.network} if number == 1 else {}
     for path in options.weights:
         member = about_weights(path, **asked)["network"]
-        if together and options.network != (wanted := f"{member}x{number}" if number > 1 else member):
+        if number > 1 and options.network != (wanted := f"{member}x{number}"):
             raise ValueError(f"--network {options.network}: {number} different files with {member} are {wanted}")
     data, chains = load_dataset(options.dataset, options.data), [load(path) for path in options.weights]
     chains = [as_tested(chain.to(options.device), RECIPES[options.recipe]) for chain in chains]

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
-from unravelling import ensemble, evaluate, lesion, paths
+from unravelling import ensemble, evaluate, gradient_norms, lesion, paths
 from unravelling.batches import device_of
 from unravelling.chain import Chain
 from unravelling.data import Dataset, Split
@@ -154,6 +154,11 @@ def other_splits(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.Data
 def trace_free_split(chain: Chain, test: Split, data: Dataset, seed: int) -> pd.DataFrame:
     """Return for every unit how much of the identity lies in its branch, on the first test batch."""
     return paths.canonical_split(chain, test.batches(_spectrum_batch(data), device_of(chain))[0][0], seed=seed)
+
+
+def norms_in_training(chain: Chain, data: Dataset) -> pd.DataFrame:
+    """Return the gradient norms of the states on 256 training images, for a network as it is trained."""
+    return gradient_norms(chain.train(), *first(data.train, 256).batches(256, device_of(chain))[0])
 
 
 def spectrum_in_training(chain: Chain, data: Dataset) -> pd.DataFrame:

@@ -14,30 +14,29 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from cells import checksum, hardware, parser, read_json, run, sweep, write
-from measurements import first, has_skips, spectrum_in_training
-from unravelling import build, evaluate, fit, gradient_norms, save
-from unravelling.batches import device_of
+from measurements import first, has_skips, norms_in_training, spectrum_in_training
+from unravelling import build, evaluate, fit, save
 from unravelling.chain import Chain
-from unravelling.data import Dataset, check_path, load_dataset, write_atomically
+from unravelling.data import Dataset, load_dataset, write_atomically
 from unravelling.train import RECIPES, as_tested
 
 SNAPSHOTS = {0, 1, 2, 4, 5, 10, 15, 20, 50, 100, 164}
 """Epochs after which the gradient by path length is measured, where a run has them."""
+IN_TRAINING = {"gradient_norms": norms_in_training, "spectrum_training": spectrum_in_training}
+"""What is measured on a network while it is trained."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
-    options = parser(__doc__)
-    options.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, .safetensors")
-    options.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: checkpoint.pt beside the weights")
+    options = parser(__doc__, ".safetensors")
     options.add_argument("--compile", action="store_true", help="compile the units; takes minutes, and pays in hours")
-    return run(train, options.parse_args(arguments), ".safetensors")
+    return run(train, options.parse_args(arguments))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -49,13 +48,12 @@ def train(options: argparse.Namespace) -> None:
         OSError: a file could not be written; what was written before is whole.
     """
     name = f"{options.network}-seed{options.seed}-{options.recipe}"
-    checkpoint = check_path(checkpoint=options.checkpoint or options.out.with_name("checkpoint.pt"))
-    if checkpoint.suffix != ".pt":
-        raise ValueError(f"--checkpoint {checkpoint}: expected a file that ends with .pt")
+    checkpoint = options.out.with_name("checkpoint.pt")
     previous, progress = checkpoint.with_suffix(".previous.pt"), checkpoint.with_suffix(".epochs.json")
     recipe, data = RECIPES[options.recipe], load_dataset(options.dataset, options.data)
     chain = build(options.network, options.dataset, seed=options.seed).to(options.device)
     total = recipe.epochs or math.ceil((recipe.iterations or 0) / (len(data.train) // recipe.batch_size))
+    snapshots = _snapshots(checkpoint, total, has_skips(chain))
     sweep(checkpoint)
     sweep(options.out)
     fitting = partial(fit, chain, data, recipe, seed=options.seed, progress=sys.stderr.isatty(), graph=True)
@@ -75,9 +73,10 @@ def train(options: argparse.Namespace) -> None:
         """Measure the network in training, into files beside the checkpoint, and keep the checkpoint before it."""
         spent = round(time.perf_counter() - clock, 1), hardware(options.device)
         epochs[max(0, epoch - 1) :] = [spent] if epoch else []
-        for what, table in _in_training(epoch, total, chain, data).items():
-            path = checkpoint.with_suffix(f".{epoch}.{what}.csv")
-            write_atomically(path, partial(table.assign(epoch=epoch).to_csv, index=False))
+        for what, files in snapshots.items():
+            if epoch in files:
+                table = IN_TRAINING[what](chain, data).assign(epoch=epoch)
+                write_atomically(files[epoch], partial(table.to_csv, index=False))
         write_atomically(progress, lambda to: to.write_text(json.dumps(epochs)))
         if checkpoint.exists():
             write_atomically(previous, lambda to: shutil.copyfile(checkpoint, to))
@@ -93,31 +92,27 @@ def train(options: argparse.Namespace) -> None:
             errors = f"errors: training {100 * now.train_error:.1f} %, validation {100 * now.validation_error:.1f} %"
             took = sum(seconds for seconds, _ in epochs[-1:])
             print(f"{name}: epoch {len(history)} of {total}, {took:.0f} s; {errors}", flush=True)
-    _write(chain, data, history, checkpoint, options, epochs)
-    snapshots = [f".{epoch}.{name}.csv" for name, epochs in _snapshots(total).items() for epoch in epochs]
-    for left in (checkpoint, previous, progress, *map(checkpoint.with_suffix, snapshots)):
+    _write(chain, data, history, snapshots, options, epochs)
+    for left in (checkpoint, previous, progress, *(path for files in snapshots.values() for path in files.values())):
         left.unlink(missing_ok=True)
 
 
 def _write(
-    chain: Chain, data: Dataset, history: pd.DataFrame, checkpoint: Path, options: argparse.Namespace,
-    epochs: Sequence[tuple[float, str]],
+    chain: Chain, data: Dataset, history: pd.DataFrame, snapshots: Mapping[str, Mapping[int, Path]],
+    options: argparse.Namespace, epochs: Sequence[tuple[float, str]],
 ) -> None:
     """Write the tables, then the weights, whose presence says that all is there; ``epochs``: seconds and hardware."""
     start = time.perf_counter()
     some = first(data.train, 10_000)
     splits = {"train": some, "validation": data.validation, "test": data.test}
     tested = as_tested(chain, RECIPES[options.recipe])
-    scores = {name: evaluate(tested, split) for name, split in splits.items()}
+    scores = {name: evaluate(tested, split) for name, split in splits.items()}  # refuses what has diverged
     columns = {f"{split}_{name}": scores[split][name] for split in splits for name in ("error", "loss", "images")}
-    if not all(map(math.isfinite, [*history["train_loss"], *(score["loss"] for score in scores.values())])):
-        raise ValueError(f"{options.out}: the training diverged, its losses are not finite; nothing is written")
     number = sum(parameter.numel() for parameter in chain.parameters())
     tables = {"training": history, "networks": pd.DataFrame([{"parameters": number} | columns])}
-    for name in ("gradient_norms", "spectrum_training"):
-        files = [checkpoint.with_suffix(f".{epoch}.{name}.csv") for epoch in sorted(_snapshots(len(history))[name])]
-        if all(file.exists() for file in files):
-            table = pd.concat(map(_snapshot, files))
+    for name, files in snapshots.items():
+        if all(file.exists() for file in files.values()):
+            table = pd.concat(map(_snapshot, files.values()))
             tables[name] = table[["epoch", *table.columns.drop("epoch")]]
     total = round(sum(seconds for seconds, _ in epochs) + time.perf_counter() - start, 1)
     about = {"data": data.label, "seconds": total, "weights": checksum(chain.state_dict())}
@@ -139,21 +134,12 @@ def _snapshot(path: Path) -> pd.DataFrame:
     raise ValueError(f"{path} is broken: delete it, and go on without the table that it belongs to")
 
 
-def _snapshots(total: int) -> dict[str, set[int]]:
-    """Return the epochs after which each table of a network in training is made."""
-    return {"gradient_norms": {0, 1, total // 2, total}, "spectrum_training": SNAPSHOTS & {*range(total + 1)}}
-
-
-def _in_training(epoch: int, total: int, chain: Chain, data: Dataset) -> dict[str, pd.DataFrame]:
-    """Return what is measured on a network in training: gradient norms, and now and then the gradient by length."""
-    due = {name for name, epochs in _snapshots(total).items() if epoch in epochs}
-    tables = {}
-    if "gradient_norms" in due:
-        chain.train()
-        tables["gradient_norms"] = gradient_norms(chain, *first(data.train, 256).batches(256, device_of(chain))[0])
-    if "spectrum_training" in due and has_skips(chain):
-        tables["spectrum_training"] = spectrum_in_training(chain, data)
-    return tables
+def _snapshots(checkpoint: Path, total: int, paths: bool) -> dict[str, dict[int, Path]]:
+    """Return the files of each table of `IN_TRAINING`, by epoch; of networks without ``paths``, the norms alone."""
+    due = {"gradient_norms": {0, 1, total // 2, total}}
+    if paths:
+        due["spectrum_training"] = SNAPSHOTS & {*range(total + 1)}
+    return {name: {i: checkpoint.with_suffix(f".{i}.{name}.csv") for i in sorted(due[name])} for name in due}
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from importlib import metadata
@@ -43,7 +42,7 @@ LIMIT = (1500, 60)  # megabytes, and seconds of two cores, which count in `make 
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill puts in
 KEPT = ("tags", "mystnb")  # what a cell's metadata may hold; editors and papermill add the rest
 PLACEHOLDER = "# placeholder"  # what follows the repository's address in _config.yml until somebody owns it
-SHARED = ("binder", "book", "data", "experiments", "lib", "pyproject.toml", "README.md", "LICENSE")  # by both editions
+SHARED = ("binder", "book", "data", "experiments", "lib", "pyproject.toml", "README.md", "LICENSE")  # what Binder needs
 VERSIONS = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib", "seaborn")
 
 
@@ -139,10 +138,8 @@ def refuse(name: str, value: Any, default: Any) -> None:
 def tidy(notebook: NotebookNode) -> list[str]:
     """Strip what differs from run to run, and progress bars; return what else was written to stderr."""
     notes = []
-    notebook.metadata = NotebookNode(
-        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
-        language_info={"name": "python"},
-    )
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
     for number, cell in enumerate(notebook.cells, 1):
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in KEPT and v})
         kept: list[NotebookNode] = []
@@ -191,17 +188,17 @@ def prepare(*options: str) -> None:
             given[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise BookError(f"the parameter {name} cannot be {text}, which is no YAML: {error}") from error
-    paths = sorted(BOOK.glob("*.ipynb"))
-    known = {path: declared(read(path)) for path in paths}
+    notebooks = {path.stem: read(path) for path in sorted(BOOK.glob("*.ipynb"))}
+    known = {stem: declared(notebook) for stem, notebook in notebooks.items()}
     for name in set(given).difference(*known.values()):
-        have = "\n".join(f"  {path.stem}: {', '.join(names)}" for path, names in known.items() if names)
+        have = "\n".join(f"  {stem}: {', '.join(names)}" for stem, names in known.items() if names)
         raise BookError(f"no notebook has a parameter {name}; they have\n{have}")
-    for path in paths:
-        cells = [[cell.source, "parameters" in tags(cell)] for cell in code(read(path)) if "colab" not in tags(cell)]
-        own = {name: value for name, value in given.items() if name in known[path]}
+    for stem, notebook in notebooks.items():
+        cells = [[cell.source, "parameters" in tags(cell)] for cell in code(notebook) if "colab" not in tags(cell)]
+        own = {name: given[name] for name in known[stem] if name in given}
         for name, value in own.items():
-            refuse(name, value, known[path][name])
-        write(CODE / f"{path.stem}.json", json.dumps({"parameters": own, "cells": cells}))
+            refuse(name, value, known[stem][name])
+        write(CODE / f"{stem}.json", json.dumps({"parameters": own, "cells": cells}))
     write(CODE / "versions.json", json.dumps([sys.version, *map(metadata.version, VERSIONS)]))
 
 
@@ -225,8 +222,8 @@ def execute(name: str) -> None:
         raise BookError(f"{report.relative_to(ROOT)} could not be written: {error}") from error
     except Exception as error:  # whatever stopped the notebook
         cells = [c for c in read(report).cells if not ADDED.intersection(tags(c))] if report.exists() else []
-        begun = [i for i, c in enumerate(cells, 1) if c.metadata.get("papermill", {}).get("status") != "pending"]
-        where = f", cell {begun[-1]} of {len(cells)}" if begun else ""
+        begun = sum(cell.metadata.papermill.start_time is not None for cell in cells)
+        where = f", cell {begun} of {len(cells)}" if begun else ""
         raise BookError(f"{name}.ipynb{where}: {getattr(error, 'ename', type(error).__name__)}: "
                         f"{getattr(error, 'evalue', error)}\nas far as it got: {report.relative_to(ROOT)}") from error
     for note in tidy(executed):
@@ -251,14 +248,10 @@ def pages(runs: str, target: str) -> None:
         print("warning: the repository's address in _config.yml is a placeholder, so links to Colab, Binder and the "
               "repository lead nowhere: make owner URL=https://github.com/you/book", file=sys.stderr)
 
-    BUILD.mkdir(exist_ok=True)
-    for left in BUILD.glob("pages-*"):  # by a builder that was killed
-        try:
-            os.kill(int(left.name.split("-")[1]), 0)  # asks whether the process is there
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=BUILD, prefix=f"pages-{os.getpid()}-") as scratch:
-        source, start, log = Path(scratch, "source").resolve(), time.time(), io.StringIO()
+    scratch, start, log = Path(f"{target}.new").resolve(), time.time(), io.StringIO()
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a builder that was killed
+    try:
+        source, html, copy = (scratch / name for name in ("source", "html", "plain"))
         shutil.copytree(BOOK, source / "book", ignore=shutil.ignore_patterns("*.ipynb", ".*", "__pycache__"))
         shutil.copy(ROOT / "_toc.yml", source)
         config = settings()
@@ -267,7 +260,7 @@ def pages(runs: str, target: str) -> None:
         for path in BOOK.glob("*.ipynb"):
             write(source / "book" / path.name, nbformat.writes(with_outputs(path, read(ROOT / runs / path.name))))
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            failed = build_sphinx(source, source / "html", path_config=source / "_config.yml", noconfig=True,
+            failed = build_sphinx(source, html, path_config=source / "_config.yml", noconfig=True,
                                   confoverrides={"external_toc_path": str(source / "_toc.yml"), "nitpicky": True,
                                                  "latex_individualpages": False},
                                   quiet=True, warningiserror=True, keep_going=True)
@@ -277,42 +270,37 @@ def pages(runs: str, target: str) -> None:
             complaints = [line for line in text.splitlines() if re.search("WARNING|ERROR|CRITICAL|rror:", line)]
             raise BookError("\n".join([*complaints, f"the pages were not built in {BUILD}, and the old ones stay: "
                                        f"{REPORTS.relative_to(ROOT)}/pages.log has the rest"]))
-        publish(source / "html", Path(scratch, "plain"), {p.name: read(p) for p in (source / "book").glob("*.ipynb")})
-        first = yaml.safe_load((source / "_toc.yml").read_text())["root"]
-        write(source / "html/index.html", f'<meta http-equiv="Refresh" content="0; url={first}.html" />\n')
-        os.utime(source / "html/index.html", (start, start))
-        if Path(target).exists():
-            os.replace(target, Path(scratch, "old"))
-        os.replace(source / "html", target)
-        shutil.rmtree(BUILD / "plain", ignore_errors=True)
-        os.replace(Path(scratch, "plain"), BUILD / "plain")
+        publish(html, copy, sorted((source / "book").glob("*.ipynb")))
+        os.utime(html / "index.html", (start, start))
+        for new, old in ((html, Path(target)), (copy, BUILD / "plain")):
+            if old.exists():
+                os.replace(old, scratch / f"old {new.name}")
+            os.replace(new, old)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     print(f"{'pages':<34}{time.time() - start:>7.1f} s", flush=True)
 
 
-def publish(html: Path, target: Path, notebooks: dict[str, NotebookNode]) -> None:
+def publish(html: Path, target: Path, notebooks: list[Path]) -> None:
     """Write the plain editions, which are the pages' downloads too, into a copy of the repository.
 
     Colab and Binder open it, from a branch of its own.
     """
     import plain
 
-    address = settings()["repository"]
-    owner, name = address["url"].rstrip("/").rsplit("/", 2)[1:]
+    owner, name = settings()["repository"]["url"].rstrip("/").rsplit("/", 2)[1:]
     references = plain.known(html, BOOK / "references.bib", f"https://{owner}.github.io/{name}")
-    for path, notebook in notebooks.items():
+    for path in notebooks:
+        notebook = read(path)
         try:
             text = nbformat.writes(plain.plain(notebook, references, bootstrap(beside(notebook))))
         except plain.NotPlain as error:
-            raise BookError(f"{path}: {error}") from error
-        write(target / "book" / path, text)
-        write(html / "_sources/book" / path, text)
-    for name in SHARED:  # what Binder installs, and what the notebooks read
-        if (ROOT / name).is_dir():
-            unwanted = shutil.ignore_patterns("*.ipynb", "*.egg-info", "__pycache__", ".*")
-            shutil.copytree(ROOT / name, target / name, ignore=unwanted, dirs_exist_ok=True)
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, target)
-    target.mkdir(exist_ok=True)
+            raise BookError(f"{path.name}: {error}") from error
+        for folder in (target / "book", html / "_sources/book"):
+            write(folder / path.name, text)
+    unwanted = shutil.ignore_patterns("*.ipynb", "*.egg-info", "__pycache__", ".*")
+    shutil.copytree(ROOT, target, dirs_exist_ok=True, ignore=lambda folder, names:
+                    set(names).difference(SHARED) if Path(folder) == ROOT else unwanted(folder, names))
     (html / "references.json").unlink()
 
 
@@ -325,7 +313,7 @@ def owner(url: str) -> None:
     (was, book), (now, name) = old.groups(), new.groups()
     for path in [p for p in [*ROOT.glob("*"), *ROOT.glob("[!._]*/**/*")] if p.suffix in kinds and p.is_file()]:
         text = path.read_text().replace(f"{was}/{book}", f"{now}/{name}").replace(f"  {PLACEHOLDER}", "")
-        if write(path, text.replace(f"home = \\\"/content/{book}", f"home = \\\"/content/{name}")):
+        if write(path, text.replace(f'abspath(\\"{book}\\")', f'abspath(\\"{name}\\")')):  # in Colab cells
             print(f"wrote {path.relative_to(ROOT)}")
 
 
@@ -350,30 +338,17 @@ def first_image(notebook: NotebookNode) -> bytes | None:
     return next((base64.b64decode(kinds["image/png"]) for kinds in data if "image/png" in kinds), None)
 
 
-def end_with_parent() -> None:
-    """End this process, and its kernel with it, when the process that started it has gone, even by SIGKILL."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def end(number: int, frame: Any) -> None:
-    """Exit, which takes the kernel along; by force where that hangs, and then the kernel follows its parent."""
-    force = threading.Timer(10, os._exit, [128 + number])
-    force.daemon = True
-    force.start()
-    sys.exit(128 + number)
+def follow(parent: int) -> None:
+    """End this process when the one that started it has gone, even by SIGKILL."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGINT, signal.SIGTERM):  # also where a shell had it ignore the former, as in the background
-        signal.signal(ending, end)
-    end_with_parent()
+    for ending in (signal.SIGINT, signal.SIGTERM):  # end this at once, and a kernel follows; also where a shell had it
+        signal.signal(ending, signal.SIG_DFL)  # ignore the former, as in the background
+    threading.Thread(target=follow, args=[os.getppid()], daemon=True).start()
     commands = {each.__name__: each for each in (prepare, execute, pages, refresh, owner)}
     try:
         inspect.signature(commands[sys.argv[1]]).bind(*sys.argv[2:])

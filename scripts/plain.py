@@ -163,13 +163,10 @@ def program(source: str, references: References) -> str:
     source = re.sub(r"\]\(\{([\w.]+)\}\)", lambda page: f"]({pages}/{{{page[1]}}}.html)", source)
     source = FENCED.sub(lambda block: fenced(block, references) if block["open"] else block[0], source)
     source = ROLE.sub(inside, source)
-    tables = [f"{role}_link = {links(references[role])!r}.__getitem__" for role in sorted(looked_up)]
-    return "\n".join([*tables, source])
-
-
-def links(known: dict[str, list[str]]) -> dict[str, str]:
-    """Ready links by target."""
-    return {target: f"[{name}]({address})" for target, (name, address) in known.items()}
+    for role in sorted(looked_up, reverse=True):
+        ready = {target: f"[{name}]({address})" for target, (name, address) in references[role].items()}
+        source = f"{role}_link = {ready!r}.__getitem__\n{source}"
+    return source
 
 
 def shown_plainly(output: NotebookNode, references: References) -> NotebookNode:

@@ -163,7 +163,7 @@ def test_warning_stops_the_pages_and_names_the_file(project):
     assert "book/02-two" in done.stderr
     assert tree(project.root / "_build/committed") == pages
     assert project.make("pages").returncode != 0, "a second try must not pass either"
-    assert not list((project.root / "_build").glob("pages-*"))
+    assert not list((project.root / "_build").glob("*.new"))
 
 
 def test_unknown_parameter_is_an_error_and_a_known_one_counts(project):
@@ -223,10 +223,11 @@ def test_unreadable_notebook_is_named(project):
 
 
 def test_kernel_that_is_killed_names_its_cell(project):
-    project.replace("print('N is', N)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    done = project.run()
+    die = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    small_notebook(project.root / "book/01-one.ipynb", "One", parameters("N = 3"), die, "print('N is', N)")
+    done = project.run("PARAMETERS=-p N 5")
     assert done.returncode != 0
-    assert "01-one.ipynb, cell 4 of 4: DeadKernelError" in done.stderr
+    assert "01-one.ipynb, cell 4 of 5: DeadKernelError" in done.stderr
     assert "Traceback" not in done.stderr
     assert not project.one.exists()
 
@@ -331,7 +332,9 @@ def test_refresh_writes_normalised_notebooks_once(project):
 def test_placeholder_of_the_repository_is_warned_of_until_somebody_owns_it(project):
     assert "_config.yml is a placeholder" in project.make("pages").stderr
     (project.root / "README.md").write_text(f"See {book.settings()['repository']['url']}.")
+    project.replace('"pass"', json.dumps(book.bootstrap()))
     assert "wrote README.md" in project.make("owner", "URL=https://github.com/me/mine/").stdout
+    assert 'os.path.abspath("mine")' in book.read(project.root / "book/01-one.ipynb").cells[1].source
     assert (project.root / "README.md").read_text() == "See https://github.com/me/mine."
     project.replace("# One", "# Eins")
     assert project.make("pages").stderr == ""
@@ -380,7 +383,7 @@ def test_a_full_disk_names_what_could_not_be_written(project, target, kibibytes,
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert not (project.root / target).exists()
-    assert not list((project.root / "_build").glob("pages-*"))
+    assert not list((project.root / "_build").glob("*.new"))
 
 
 def test_failed_refresh_changes_no_output(project):
