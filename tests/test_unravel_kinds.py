@@ -773,7 +773,7 @@ def test_blocks_without_gradient_are_refused_in_words():
 def test_scripts_and_compiled_programs_are_refused_in_words():
     exported = torch.export.export(net(add), (X,)).module()
     for model in (torch.jit.trace(net(add), X), torch.jit.script(nn.Sequential(linear(), linear())), exported):
-        with pytest.raises(Unsupported, match="TorchScript program, or one of torch.export"):
+        with pytest.raises(Unsupported, match=r"TorchScript program, or one of torch\.export"):
             unravel(model, X)
 
 
@@ -1464,3 +1464,144 @@ def test_functions_that_ask_for_the_mode_are_told_of():
     assert [note for note in chain.notes if note.startswith("dropout: computed as in eval mode")]
     assert torch.equal(chain.train()(X), chain.eval()(X))
     assert unravel(net(add), X).notes == []
+
+
+@pytest.mark.parametrize("later", [
+    lambda s, y, h: y + s.g(torch.tanh(y)) * h,
+    lambda s, y, h: y + s.g(torch.softmax(y @ h.T, -1) @ h),
+    lambda s, y, h: y + s.g(torch.cat([y, h], 1)[:, ::2]),
+], ids=["gate", "attention", "input"])
+def test_a_branch_that_is_read_again_later_is_no_unit_whose_deletion_leaves_it(later):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.f, self.g, self.k, self.o = (linear() for _ in range(5))
+
+        def forward(self, x):
+            y = self.i(x)
+            h = self.f(torch.tanh(y))
+            y = later(self, y + h, h)
+            return self.o(y + self.k(torch.tanh(y)))
+
+    model = seeded(Again)
+    with pytest.warns(UserWarning, match=r"2 of 3 additions became units; the rest lie in the stem \(1\)"):
+        chain = unravel(model, X)
+    assert [unit.name for unit in chain.units] == ["g", "k"]
+    exact(chain, model, units=2)
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, y: torch.cat((x[None], y[None])).sum(0), lambda x, y: torch.cat([x, y], 1).view(-1, 2, 8).sum(1),
+    lambda x, y: torch.stack([x, y]).cumsum(0)[-1], lambda x, y: torch._foreach_add([x], [y])[0],
+    lambda x, y: 2 * F.avg_pool1d(torch.stack([x, y], -1), 2)[..., 0],
+], ids=["None", "view", "cumsum", "foreach", "pool"])
+def test_an_addition_in_another_form_is_counted(f):
+    blocks = [Block(add), Block(lambda s, x: f(x, s.a(s.ln(x)))), Block(add)]
+    with pytest.warns(UserWarning, match="2 of 3 additions became units"):
+        chain = unravel(seeded(lambda: nn.Sequential(linear(), *blocks, linear())), X)
+    assert [unit.residual for unit in chain.units] == [True, False, True]
+
+
+def test_a_loss_before_the_logits_is_refused_in_words():
+    model = wrapped(lambda s, x: ((y := s.o(s.body(s.i(x)))).sum(), y))
+    with pytest.raises(Unsupported, match="a single number first, such as a loss"):
+        unravel(model, X)
+
+
+def test_autocast_around_a_whole_forward_is_kept():
+    model = wrapped(torch.autocast("cpu", torch.bfloat16)(lambda s, x: s.body(s.i(x))))
+    chain = unravel(model, X)
+    with torch.no_grad():
+        assert model(X).dtype == chain(X).dtype == torch.bfloat16
+        assert torch.equal(chain(X), model(X))
+
+
+def test_a_chain_with_a_context_can_be_copied():
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t, self.i, self.o, self.layers = linear(), linear(), linear(), nn.ModuleList(map(linear_at, range(3)))
+
+        def forward(self, x, t):
+            t, x = self.t(t), self.i(x)
+            for layer in self.layers:
+                x = x + torch.tanh(layer(x + t))
+            return self.o(x)
+
+    def linear_at(_):
+        return linear()
+
+    model = seeded(Conditioned)
+    chain = unravel(model, (X, X.flip(0)), stream="x")
+    assert chain((X, X.flip(0))).requires_grad  # and its graph hangs on the context
+    other = copy.deepcopy(chain)
+    assert torch.equal(other((X, X)), model(X, X))
+    y = torch.zeros(2, dtype=torch.long)
+    double = gradient_by_length(chain, (X, X), y, dtype=torch.float64)
+    assert torch.allclose(double.float(), gradient_by_length(chain, (X, X), y), atol=1e-6)
+
+
+def test_complex_values_assigned_to_a_slice_keep_their_gradient():
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 3, dtype=torch.cfloat) / 3)
+
+        def forward(self, x):
+            f = torch.fft.rfft(x)
+            kept = torch.zeros(*x.shape[:-1], x.shape[-1] // 2 + 1, dtype=torch.cfloat)
+            kept[..., :3] = f[..., :3] @ self.w
+            return x + torch.fft.irfft(kept, n=x.shape[-1])
+
+    model = seeded(lambda: nn.Sequential(linear(), *(Spectral() for _ in range(3)), linear()))
+    exact(unravel(model, X), model, units=3, rounding=1e-6)
+
+
+def test_a_chain_without_the_gradient_that_the_model_has_is_refused(monkeypatch):
+    def broken(module, model, x, true=gradients):
+        if module is not model:
+            raise RuntimeError("no derivative")
+        return true(module, model, x)
+
+    monkeypatch.setattr("unravelling.verify.gradients", broken)
+    with pytest.raises(Unsupported, match="the chain fails where the model does not: no derivative"):
+        unravel(net(add), X)
+
+
+def test_hooks_of_all_modules_are_not_called_while_a_model_is_traced():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(output)))
+    try:
+        chain = unravel(net(add), X)
+        assert set(seen) == {torch.Tensor}
+        seen.clear()
+        chain(X)
+        assert len(seen) > 3
+    finally:
+        handle.remove()
+
+
+def test_weights_without_a_shape_or_values_are_refused_by_name():
+    with pytest.raises(Unsupported, match=r"0\.weight has no shape yet"):
+        unravel(nn.Sequential(nn.LazyLinear(8), Block(add)).eval(), X)
+    with pytest.raises(Unsupported, match=r"0\.weight is on the device meta"):
+        unravel(net(add).to("meta"), X)
+    assert len(unravel(net(add).to("meta"))) == 3
+
+
+@pytest.mark.parametrize("e", [lambda s, x, z: s.m(z), lambda s, x, z: s.m(x), lambda s, x, z: s.m(x.mean(0, True))],
+                         ids=["of the state", "of the input", "of their mean"])
+def test_a_value_beside_the_state_that_all_blocks_read_is_the_stems(e):
+    def f(s, x):
+        z = s.i(x)
+        beside = e(s, x, z)
+        for block in s.body:
+            z = z + block.a(torch.tanh(z + beside))
+        return s.o(z)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = unravel(wrapped(f), X)
+    assert [unit.name for unit in chain.units] == ["body.0.a", "body.1.a", "body.2.a"]
+    exact(chain, wrapped(f), units=3)
+    assert any("path gradients hold that fixed" in note for note in chain.notes)

@@ -37,6 +37,7 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .batches import move, named_failure
 from .chain import Chain, Change, Unit, check_kind
@@ -152,6 +153,10 @@ def unravel(
                 f"{name or 'this model'} is a TorchScript program, or one of torch.export, whose modules are gone: use "
                 "what it was made from"
             )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor) or (tensor.is_meta and x is not None):
+            what = "has no shape yet: call the model once" if is_lazy(tensor) else "is on the device meta: load values"
+            raise Unsupported(f"{name} {what} before unravel")
     if isinstance(model, Chain):
         raise ValueError("this model is a chain already")
     if branch is None and (skip is not None or post is not None):
@@ -236,8 +241,10 @@ def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
     kept = attributes()  # numbers that are not given anew meanwhile, as `preserved` holds what they stand for
     with torch.no_grad(), named_failure(x, "the model cannot take x, the example"):
         logits = call(model, x)
-    if not isinstance(logits, Tensor):
-        raise Unsupported(f"the model returns a {type(logits).__name__}, in which there is no tensor of logits")
+    if not isinstance(logits, Tensor) or not logits.dim():
+        what = f"a {type(logits).__name__}, in which there is no tensor of logits"
+        what = "a single number first, such as a loss" if isinstance(logits, Tensor) else what
+        raise Unsupported(f"the model returns {what}: wrap it, so that the logits come first")
     changed = [name for name, (buffer, old) in before.items() if not torch.equal(buffer, old)]
     if changed or kept != attributes() or logits.device.type != "cpu" or not torch.equal(drawn, torch.get_rng_state()):
         why = "it draws random numbers" if kept == attributes() else "each changes an attribute of its modules"

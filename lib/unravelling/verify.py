@@ -125,15 +125,22 @@ def refuse_unequal(chain: Chain, origin: Origin, x: Any, logits: Tensor, found: 
     input of another size, which costs less: smaller images, few of them, and one more token; or what of that model and
     chain take. The graph of a chain that takes it is the same one, so that all of its operations are compared.
     """
-    model = origin.model
+    model, failed = origin.model, None
     allowed = tolerance_of(model, logits)
+    if found.dtype != logits.dtype:
+        raise Unsupported(f"the chain computes {found.dtype}, the model {logits.dtype}: tracing loses torch.autocast")
     if difference(found, logits) > allowed:
         refuse_changing(model, x, logits, "it depends on something else")
         raise Unsupported(first_difference(chain, origin, x))
     for other in _others(x):
         try:
-            (expected, theirs), (found, ours) = gradients(model, model, other), gradients(chain, model, other)
+            expected, theirs = gradients(model, model, other)
         except Exception:
+            continue
+        try:
+            found, ours = gradients(chain, model, other)
+        except Exception as error:  # or at this size alone
+            failed = error
             continue
         if difference(found, expected) > allowed:
             now = [tuple(t.shape) for t in tree_leaves(other) if isinstance(t, Tensor)]
@@ -150,6 +157,8 @@ def refuse_unequal(chain: Chain, origin: Origin, x: Any, logits: Tensor, found: 
                     "looked into then"
                 )
         return
+    if failed is not None:
+        raise Unsupported(f"the chain fails where the model does not: {str(failed).partition(chr(10))[0]}")
 
 
 def refuse_changing(model: nn.Module, x: Any, logits: Tensor, why: str) -> None:

@@ -36,6 +36,9 @@ class Context:
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
 
+    def __deepcopy__(self, memo: dict) -> Context:
+        return Context()  # values with a gradient cannot be copied
+
     def __getitem__(self, name: str) -> Any:
         if name not in self.values:
             raise RuntimeError(

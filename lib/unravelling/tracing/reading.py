@@ -24,7 +24,7 @@ from .trace import Traced, Unsupported, calls_of, identity, name_of, split_sums
 
 SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0, "subtract": -1.0}
 MERGES = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
-SUMMED = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "mv", "tensordot", "nansum"}
+SUMMED = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "mv", "tensordot", "nansum", "cumsum", "avg_pool1d"}
 SCATTERED = {"scatter_reduce": ("sum", "mean"), "index_reduce": ("mean",), "index_put": (True,)}  # and how they add
 NOTHING = ("identity", "contiguous", "clone", "alias", "dropout")
 KEEP_ZEROS = {  # operations that return zeros for zeros
@@ -141,7 +141,7 @@ def read(
             f"{beside} more addition{'s lead' if beside > 1 else ' leads'} to other outputs of the model than the one "
             "taken for its logits: for a chain to another one, unravel a wrapper that returns it alone"
         )
-    if best[1]:
+    if reading.source.meta.get("copies"):
         notes.append("later units read values from within the first: the stem computes them, so that they outlast it")
     data, first = reading.data_from(reading.entry), reading.order[stretches[0].state]
     read_later = {arg for node in reading.active if reading.order[node] > first for arg in node.all_input_nodes}
@@ -290,16 +290,23 @@ class Reading:
         return Reading(self.traced, state, self)
 
     def holding(self) -> Reading:
-        """Return a reading in which the stem computes, too, what is read both on the way to the first sum and after it.
+        """Return a reading from the start of an early sum on, in which the stem computes all that other ways bring.
 
-        As the values of a transformer's first attention, where all layers add them to theirs. Unsupported without such.
+        So it does what is read on the way to that sum and after it, as the values of a transformer's first attention
+        where all layers add them to theirs. Unsupported where nothing changes, or what is held is the sum's branch.
         """
-        clear = ((end, early) for end, (early, skip, weighted) in self.sums.items() if skip and weighted)
-        first, start = next(clear, (self.source, self.source))
-        way = self.between(start, first)
-        late = {n: [user for user in n.users if user in self.active - way] for n in way - {first}}
-        needed = {n for node, users in late.items() if users for n in self.between(start, node)}
-        if not needed or any(self.sums.get(u, (0, 0))[1] for users in late.values() for u in users):  # skips that cross
+        clear = [(end, early) for end, (early, skip, weighted) in self.sums.items() if skip and weighted]
+        for first, start in clear[:3]:
+            way = self.between(start, first)
+            late = {n: [user for user in n.users if user in self.active - way] for n in way - {first}}
+            needed = {n for node, users in late.items() if users for n in self.between(start, node)}
+            ends = [arg for arg in self.stream_args(first) if arg is not start]
+            for node in ends:  # whose zeros are those of the branch: where it is deleted, they would outlast it
+                args = self.stream_args(node) if name_of(node) in KEEP_ZEROS else []
+                ends += args if len(args) == 1 and args[0] is not start else []
+            if (needed or start not in self.place) and not any(map(late.get, ends)):
+                break
+        else:
             raise Unsupported("")
         copies: dict[fx.Node, fx.Node] = {}
         for node in sorted(needed, key=self.order.__getitem__):
@@ -309,6 +316,10 @@ class Reading:
                 user.replace_input_with(node, copies[node])
         reading = self.rerooted(start, self.traced.output)
         reading.source.meta["copies"] = copies
+        later = {user for users in late.values() for user in users} & reading.place.keys()
+        if any(self.sums[user][1] for user in later & self.sums.keys()):  # skips cross
+            reading.restore()
+            raise Unsupported("")
         return reading
 
     def share_shapes(self, late: Iterable[fx.Node], first: fx.Node) -> bool:
@@ -472,11 +483,16 @@ class Reading:
         name, values, options = name_of(node), self.stream_args(node), [*node.args, *node.kwargs.values()]
         if name in SCATTERED:
             return values if any(how in options for how in SCATTERED[name]) else []
-        if name in ("cat", "concat", "concatenate"):  # along an axis of their own
-            values = [cast("fx.Node", arg.args[0]) for arg in values if name_of(arg) == "unsqueeze"]
+        later = {name_of(n) for user in node.users for n in (user, *user.users)}  # itself, or what is times weights
+        if name in ("cat", "concat", "concatenate"):  # along an axis of their own, which they have before or get after
+            if "sum" in later and later & {"view", "reshape", "unflatten"}:
+                return values
+            values = [n for n in values if name_of(n) == "unsqueeze" or (name_of(n) == "getitem" and n.args[1] is None)]
+            values = [cast("fx.Node", n.args[0]) for n in values]
+        elif name.startswith("_foreach_add"):
+            return values
         elif name != "stack":
             return []
-        later = {name_of(n) for user in node.users for n in (user, *user.users)}  # itself, or what is times weights
         return values if later & SUMMED else []
 
     def _sums(self) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:

@@ -198,6 +198,11 @@ def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
     return x
 
 
+def scattered(x: Tensor, value: Any, dim: int = 0, *ends: int | None) -> Tensor:
+    """Return a copy of a tensor in which a slice is replaced, as ``aten.slice_scatter``, of complex numbers, too."""
+    return assigned(x, (slice(None),) * (dim % x.dim()) + (slice(*ends) if ends else slice(None),), value)
+
+
 def copied(x: Tensor, value: Tensor, *_: Any) -> Tensor:
     """Return a value in the shape, type and layout of another one, as ``aten.copy`` does, which has no derivative."""
     return torch.empty_like(x).copy_(value)
@@ -236,7 +241,10 @@ def _lengths_and_masks() -> Iterator[None]:
     It asks for the sake of speed alone: by the numbers, which a graph does not hold.
     """
     hint = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
+    module = nn.modules.module  # hooks of all modules would be called with proxies
     with patch.object(builtins, "len", _length), \
+         patch.dict(module._global_forward_hooks, clear=True), \
+         patch.dict(module._global_forward_pre_hooks, clear=True), \
          patch.object(torch, "is_tensor", lambda x: isinstance(x, (Tensor, fx.Proxy))), \
          patch.object(nn.modules.transformer, "_detect_is_causal_mask", hint, create=True):
         yield
@@ -336,6 +344,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Traced:
         program = program.run_decompositions({})  # as plain operations, none of which writes to a tensor
     module = program.module()
     instead = {torch.ops.aten.copy.default: copied, torch.ops.aten.view.default: torch.ops.aten.reshape.default}
+    instead[torch.ops.aten.slice_scatter.default] = scattered
     for node in module.graph.nodes:  # with gradients, attention may lay out its results so that no view is possible
         node.target = instead.get(node.target, node.target)
     nodes = module.graph.nodes
