@@ -40,6 +40,13 @@ IMAGES = """() => [...document.querySelectorAll('article img, main img')]
 FORMULAS = """() => [document.querySelectorAll('.math').length, [...document.querySelectorAll('math')]
     .map(m => [m.getBoundingClientRect().width,
         !!m.querySelector('merror') || /\\[[0-9.]+(ex|em|pt)\\]/.test(m.textContent)])]"""
+CLIPPED = """() => {
+    const folds = [...document.querySelectorAll('details:not([open])')];
+    folds.forEach(fold => fold.open = true);
+    const wide = [...document.querySelectorAll('article div.math math')].filter(m => m.scrollWidth > m.clientWidth + 1)
+        .map(m => [m.parentElement.id, m.textContent.slice(0, 40), m.scrollWidth, m.clientWidth]);
+    folds.forEach(fold => fold.open = false);
+    return wide; }"""
 WIDEST = """() => [document.documentElement.scrollWidth, [...document.querySelectorAll('article *')]
     .filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3)
     .map(e => e.tagName + '.' + e.className)]"""
@@ -105,7 +112,7 @@ def look(browser):
         found = {"url": page.url, "title": page.title(), "asked": [*asked], "errors": [*errors], "bytes": sum(sizes),
                  "images": page.evaluate(IMAGES), "formulas": page.evaluate(FORMULAS),
                  "search bars": sum(bar.is_visible() for bar in bars), "unreachable": page.evaluate(SCROLLERS),
-                 "drawings": page.evaluate(DRAWINGS)}
+                 "drawings": page.evaluate(DRAWINGS), "clipped": page.evaluate(CLIPPED)}
         page.evaluate(axe.read_text())
         found["axe"] = page.evaluate(AXE)
         for theme in THEMES:
@@ -185,6 +192,12 @@ def test_what_scrolls_can_be_reached_with_the_keyboard(look, path, width):
 def test_narrow_page_does_not_scroll_sideways(look, path, theme):
     width, widest = look(path, 390)[theme]["widest"]
     assert width <= 391, widest
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_formula_is_wider_than_a_phone(look, path):
+    """A formula that scrolls looks as if it ended at the edge: such a one is written in two lines."""
+    assert look(path, 390)["clipped"] == []
 
 
 @functools.cache
