@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.font_manager import FontProperties
 from PIL import Image
+from pypdf import PdfReader
 from test_notebooks import files
 from unravelling import plots
 
@@ -263,6 +264,16 @@ def test_figures_have_the_ground_of_their_theme(look, path):
         [0.0] * len(found["dark"]["figures"]), abs=0.1)
 
 
+def opened(browser, path, theme, **options):
+    """A page by itself, to do something with it."""
+    page = browser.new_page(color_scheme=theme, **options)
+    page.route("**/*", lambda r: r.fulfill(path=HTML / r.request.url.removeprefix(f"{ORIGIN}/").split("?")[0]))
+    page.goto(f"{ORIGIN}/{path}")
+    if options.get("java_script_enabled", True):
+        page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
+    return page
+
+
 PATCHES = """source => {
     const put = (kind, place) => {
         const cell = document.createElement('div');
@@ -279,10 +290,7 @@ def test_photographs_keep_their_pixels_where_drawings_are_turned_round(browser, 
     """A dull blue patch, once in a cell with the tag and once in one without, in the style of a built page."""
     color, file = (30, 90, 160), io.BytesIO()
     Image.new("RGB", (32, 32), color).save(file, "PNG")
-    page = browser.new_page(color_scheme=theme)
-    page.route("**/*", lambda r: r.fulfill(path=HTML / r.request.url.removeprefix(f"{ORIGIN}/").split("?")[0]))
-    page.goto(f"{ORIGIN}/book/index.html")
-    page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
+    page = opened(browser, "book/index.html", theme)
     page.evaluate(PATCHES, "data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
     seen = {}
     for kind in ("tag_photographs", "tag_hide-input"):
@@ -294,6 +302,45 @@ def test_photographs_keep_their_pixels_where_drawings_are_turned_round(browser, 
         assert seen["tag_hide-input"] == color
     else:
         assert luminance(seen["tag_hide-input"]) > luminance(color) + 0.1
+
+
+PAPER = """() => {
+    const seen = e => getComputedStyle(e), figure = seen(document.querySelector('.cell_output figure img'));
+    const inks = [...document.querySelectorAll('article :is(p, td, th, .admonition-title)')]
+        .filter(e => e.checkVisibility()).map(e => seen(e).color);
+    const grounds = [...document.querySelectorAll('body, article, article *')].filter(e => e.checkVisibility())
+        .map(e => seen(e).backgroundColor).filter(c => !c.startsWith('rgba'));
+    return [figure.filter, figure.mixBlendMode, [...new Set(inks)], [...new Set(grounds)],
+        document.querySelectorAll('details.below-input').length,
+        document.querySelectorAll('details.below-input:not([open])').length]; }"""
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_paper_is_light_in_either_theme(browser, theme):
+    """Figures keep their pixels, ink is dark and grounds are light; what exercises put out is open. All goes back."""
+    page = opened(browser, "book/05-deleting-blocks.html", theme)
+    page.emulate_media(media="print", color_scheme=theme)
+    page.wait_for_function("document.documentElement.dataset.theme == 'light'")
+    page.wait_for_function("document.querySelector('details.below-input').open")
+    turned, blended, inks, grounds, results, folded = page.evaluate(PAPER)
+    assert (turned, blended) == ("none", "normal")
+    assert [ink for ink in inks if contrast(ink, "rgb(255, 255, 255)") < 4.5] == []
+    assert [ground for ground in grounds if contrast(ground, "rgb(0, 0, 0)") < 9] == []
+    assert results > 0
+    assert folded == 0
+    page.emulate_media(media="screen", color_scheme=theme)
+    page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
+    page.wait_for_function("!document.querySelector('details.below-input').open")
+    page.close()
+
+
+def test_what_exercises_put_out_is_on_paper_without_a_script(browser):
+    page = opened(browser, "book/05-deleting-blocks.html", "light", java_script_enabled=False)
+    outputs = page.locator("details.below-input pre").all_text_contents()
+    printed = "".join(sheet.extract_text() for sheet in PdfReader(io.BytesIO(page.pdf())).pages)
+    page.close()
+    assert outputs
+    assert [text for text in outputs if "".join(text.split()) not in "".join(printed.split())] == []
 
 
 def test_some_page_has_formulas_and_figures_and_every_page_is_seen(look):
