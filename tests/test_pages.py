@@ -52,12 +52,13 @@ WIDEST = """() => [document.documentElement.scrollWidth, [...document.querySelec
     .filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3)
     .map(e => e.tagName + '.' + e.className)]"""
 CONTRASTS = """() => {
-    const behind = e => { for (; e; e = e.parentElement) {
-        const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; }
-        return 'rgb(255, 255, 255)'; };
+    const behind = e => {  // grounds may be tints of what lies below them
+        if (!e) return [255, 255, 255];
+        const [r, g, b, a = 1] = getComputedStyle(e).backgroundColor.match(/[\\d.]+/g).map(Number);
+        return a === 1 ? [r, g, b] : behind(e.parentElement).map((c, i) => (1 - a) * c + a * [r, g, b][i]); };
     return [...document.querySelectorAll('article p, article figcaption, article a:not(.headerlink)')]
         .filter(e => e.checkVisibility() && e.textContent.trim())
-        .map(e => [getComputedStyle(e).color, behind(e), e.textContent.trim().slice(0, 40)]); }"""
+        .map(e => [getComputedStyle(e).color, `rgb(${behind(e)})`, e.textContent.trim().slice(0, 40)]); }"""
 FIGURES = """() => [...document.querySelectorAll('.cell_output :is(img:not(.tag_photographs *), .unravelling)')]
     .filter(e => e.checkVisibility()).map(e => {
     const r = e.getBoundingClientRect(); return [r.left + scrollX, r.top + scrollY, r.width, r.height]; })"""
@@ -341,6 +342,36 @@ def test_what_exercises_put_out_is_on_paper_without_a_script(browser):
     page.close()
     assert outputs
     assert [text for text in outputs if "".join(text.split()) not in "".join(printed.split())] == []
+
+
+TABLES = """() => {
+    const put = (width) => {
+        const table = document.createElement('table');
+        table.className = 'table';
+        table.innerHTML = `<tr><td style="min-width: ${width}px; height: 40px"></td></tr>`;
+        document.querySelector('article section').prepend(table);
+        return table; };
+    put(100).id = 'narrow';
+    put(900).id = 'wide'; }"""
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_shadow_says_where_a_table_goes_on(browser, theme):
+    page = opened(browser, "book/index.html", theme, viewport={"width": 390, "height": 900})
+    page.evaluate(TABLES)
+
+    def shadows(name, place):
+        """Whether the left and the right end differ from the middle."""
+        page.locator(name).evaluate("(table, place) => { table.scrollLeft = place; }", place)
+        picture = Image.open(io.BytesIO(page.locator(name).screenshot())).convert("RGB")
+        left, middle, right = (picture.getpixel((x, 20)) for x in (3, picture.width // 2, picture.width - 4))
+        return [sum(abs(a - b) for a, b in zip(end, middle, strict=True)) > 60 for end in (left, right)]
+
+    assert shadows("#narrow", 0) == [False, False]
+    assert shadows("#wide", 0) == [False, True]
+    assert shadows("#wide", 200) == [True, True]
+    assert shadows("#wide", 2000) == [True, False]
+    page.close()
 
 
 def test_some_page_has_formulas_and_figures_and_every_page_is_seen(look):
