@@ -464,8 +464,17 @@ def test_exact_spectrum_is_the_stored_one_at_every_epoch(show, dataset, label):
 def test_every_network_opens_on_a_unit_that_can_move(show, made):
     page = show("reordering")
     for network in embedded(made("reordering"))["networks"]:
-        choose(page, "Network", network["label"])
+        page.get_by_label("Network").select_option(network["label"])
         assert page.get_by_role("button", name="Move right").is_enabled()
+
+
+def test_networks_take_one_line_on_a_phone(show, made):
+    page = show("reordering", 390)
+    networks = page.get_by_role("combobox", name="Network")
+    assert networks.bounding_box()["height"] < 50
+    assert page.get_by_role("radio").count() == 0
+    networks.press("ArrowDown")
+    assert embedded(made("reordering"))["networks"][1]["label"] in status(page)
 
 
 def order_of(page):
@@ -530,7 +539,7 @@ def test_a_unit_moves_by_buttons_within_its_stage(show):
 
 def test_a_unit_moves_by_dragging(show):
     page = show("reordering")
-    choose(page, "Network", "plain-20 on digits")
+    page.get_by_label("Network").select_option("plain-20 on digits")
     place = [page.locator(f"[data-place='{i}']").bounding_box() for i in range(9)]
     page.mouse.move(place[0]["x"] + 5, place[0]["y"] + 20)
     page.mouse.down()
