@@ -8,7 +8,7 @@ import re
 import sys
 from html import escape
 from io import BytesIO
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from math import comb
 from pathlib import Path
 
@@ -601,6 +601,34 @@ def test_map_follows_the_pointer(show):
     assert len(seen) == 3
 
 
+def test_map_moves_by_buttons_under_a_finger(show):
+    page = show("damage_map", 390)
+    labels = table("digits/damage").query("network == 'resnet110' and seed == 0").set_index("image")["label"]
+    order = sorted(labels.index, key=lambda image: (labels[image], image))
+    for name, row, unit in [("Unit −", 0, 0), ("Unit +", 0, 1), ("Unit +", 0, 2), ("Unit −", 0, 1),
+                            ("Image −", 0, 1), ("Image +", 1, 1), ("Image +", 2, 1), ("Image −", 1, 1)]:
+        button = page.get_by_role("button", name=name)
+        assert button.bounding_box()["height"] >= 24
+        button.tap()
+        assert check_cell(page) == (order[row], unit)
+
+
+@pytest.mark.parametrize("width", [390, 1300])
+def test_map_has_a_scale_with_numbers(show, width):
+    """Each tick stands where the scale has the colour that the map gives to its damage; no two ticks touch."""
+    page = show("damage_map", width)
+    ramp = page.locator(".ramp").bounding_box()
+    ticks = [(tick.inner_text(), tick.bounding_box()) for tick in page.locator(".ticks span").all()]
+    assert [text for text, _ in ticks] == ["−10", "−1", "−0.1", "−0.01", "0", "0.01", "0.1", "1", "10"]
+    for text, box in ticks:
+        value = float(text.replace("−", "-"))
+        size = np.sign(value) * min(np.log10(1 + abs(value) / 1e-3) / 4, 1)
+        place = (box["x"] + box["width"] / 2 - ramp["x"]) / ramp["width"]
+        assert place == pytest.approx((1 + size) / 2, abs=0.01)
+    for (_, one), (_, other) in pairwise(ticks):
+        assert one["x"] + one["width"] + 2 < other["x"]
+
+
 def test_map_shows_the_digit_and_its_colours(show):
     page = show("damage_map")
     read = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
@@ -626,7 +654,7 @@ def test_map_shows_the_damage_with_statistics_re_estimated(show):
     page = show("damage_map", markup=interactive.damage_map(0, ([7, 3], damage)).data)
     image, _ = check_cell(page)
     choose(page, "Damage to the", "margin, statistics re-estimated")
-    assert "Re-estimated are units 3 and 7 alone." in status(page)
+    assert "Only units 3 and 7 were re-estimated." in status(page)
     cell = page.get_by_role("slider", name="Cell")
     for _ in range(3):
         cell.press("ArrowRight")
@@ -636,6 +664,12 @@ def test_map_shows_the_damage_with_statistics_re_estimated(show):
         cell.press("ArrowRight")
     assert re.search(r"re-estimated the margin gains 0\.50*\.$", status(page))
     assert page.faults == []
+
+
+def test_map_names_a_single_unit_that_was_re_estimated(show):
+    page = show("damage_map", markup=interactive.damage_map(0, ([3], np.zeros((500, 1)))).data)
+    choose(page, "Damage to the", "margin, statistics re-estimated")
+    assert "Only unit 3 was re-estimated." in status(page)
 
 
 def test_map_refuses_what_does_not_fit():
