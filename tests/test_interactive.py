@@ -299,6 +299,20 @@ def test_bench_shows_every_network_of_both_data_sets(show):
             assert page.locator("[data-unit]").count() == rows["unit"].nunique()
 
 
+def drawn(dataset, network, k):
+    """Stored draws of k units with the intact errors, as trained and with what new statistics change of them."""
+    rows = table(f"{dataset}/delete_reestimated").query("network == @network and k == @k")
+    rows = rows.sort_values(["seed", "trial"])
+    whole = table(f"{dataset}/intact").query("network == @network").set_index("seed")
+    change = (whole["reestimated_error"] - whole["error"]).reindex(rows["seed"]).to_numpy()
+    rows = rows.assign(intact=rows["error"] - rows["delta_error"])
+    return rows.assign(anew=rows["intact"] + change).reset_index(drop=True)
+
+
+def nearest_to_the_median(rows):
+    return int(np.argmin((rows["error"] - rows["error"].median()).abs().round(9)))
+
+
 @pytest.mark.parametrize(("dataset", "label"), [("digits", "Digits"), ("cifar10", "CIFAR-10")])
 def test_bench_switches_the_statistics_of_a_stored_draw(show, dataset, label):
     page = show("lesion_bench")
@@ -306,25 +320,61 @@ def test_bench_switches_the_statistics_of_a_stored_draw(show, dataset, label):
     choose(page, "Delete", "several at random")
     page.get_by_role("slider", name="How many").focus()
     page.keyboard.press("End")
-    rows = table(f"{dataset}/delete_reestimated").query("network == 'resnet110' and k == 30")
-    rows = rows.sort_values(["seed", "trial"])
+    rows = drawn(dataset, "resnet110", 30)
+    first = nearest_to_the_median(rows)
     switch = page.get_by_label("collect new batch-norm statistics")
-    for number, row in enumerate(rows.iloc[:4].itertuples(), 1):
+    for step in range(4):
+        number = (first + step) % len(rows)
+        row = rows.loc[number]
         units = row.units.split()
-        assert f"seed {row.seed}, draw {number} of {len(rows)}" in status(page)
+        assert f"seed {row.seed}, draw {number + 1} of {len(rows)}" in status(page)
         assert f"without units {', '.join(units[:-1])} and {units[-1]}," in status(page)
         assert f"error {percent(row.error)} with the batch-norm statistics of the intact network" in status(page)
-        assert page.locator("[data-unit].gone").count() == 30
+        assert f"Intact: {percent(row.intact)}, with new statistics {percent(row.anew)}." in status(page)
+        assert page.locator("[data-unit].gone:visible").count() == 30
         assert page.locator(".plot .strong").all_text_contents() == ["old statistics", percent(row.error)]
         switch.check()
         assert f"error {percent(row.reestimated_error)} with new batch-norm statistics" in status(page)
+        assert f"Intact: {percent(row.intact)}, with new statistics {percent(row.anew)}." in status(page)
         assert page.locator(".plot .strong").all_text_contents() == ["new statistics", percent(row.reestimated_error)]
         switch.uncheck()
         page.get_by_role("button", name="Next draw").press("Enter")
     for _ in range(5):
         page.get_by_role("button", name="Previous draw").click()
-    assert f"draw {len(rows)} of {len(rows)}" in status(page)
+    assert f"draw {(first - 1) % len(rows) + 1} of {len(rows)}" in status(page)
     assert page.faults == []
+
+
+def test_several_opens_where_new_statistics_do_most(show):
+    """Ten units, or as many as were drawn, and the draw nearest to the median: half falls to near nothing on digits."""
+    page = show("lesion_bench")
+    choose(page, "Delete", "several at random")
+    rows = drawn("digits", "resnet110", 10)
+    row = rows.loc[nearest_to_the_median(rows)]
+    assert f"error {percent(row.error)} with" in status(page)
+    assert abs(row.error - rows["error"].median()) < 0.01
+    assert 0.4 < row.error < 0.6
+    page.get_by_label("collect new batch-norm statistics").check()
+    assert f"error {percent(row.reestimated_error)} with new" in status(page)
+    assert row.reestimated_error < 0.05
+    lines = page.locator(".plot:visible .dashed").evaluate_all("lines => lines.map(line => line.getAttribute('x1'))")
+    ends = page.locator(".plot:visible .bar").evaluate_all(
+        "bars => bars.map(bar => [+bar.getAttribute('x'), +bar.getAttribute('width')])")
+    start, scale = ends[0][0], ends[0][1] / row.error
+    assert [(float(x) - start) / scale for x in lines] == pytest.approx([row.intact, row.anew], abs=1e-3)
+    choose(page, "Network", "ResNet-20")
+    assert page.get_by_role("slider", name="How many").get_attribute("aria-valuetext") == "7 units"
+
+
+def test_what_is_left_is_no_bar_that_reads_like_an_error(show):
+    for width in (390, 1300):
+        page = show("lesion_bench", width)
+        choose(page, "Delete", "several at random")
+        marks = page.locator(".plot:visible rect:not(.bar)")
+        sizes = marks.evaluate_all("marks => marks.map(m => m.getBoundingClientRect()).map(r => [r.width, r.height])")
+        assert len(sizes) == 54
+        assert max(height for _, height in sizes) <= 16
+        assert np.ptp(sizes, axis=0) == pytest.approx([0, 0], abs=0.1)
 
 
 def test_bench_offers_no_statistics_where_there_is_no_batch_norm(made):

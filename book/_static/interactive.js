@@ -97,9 +97,7 @@ function columns(height, label, count, chosen, choose, say, paint, hover = true)
     event.preventDefault();
     choose(Math.min(Math.max(chosen() + steps[event.key], 0), count() - 1));
   });
-  host.update = (active = true) => {
-    host.tabIndex = active ? 0 : -1;
-    host.setAttribute("aria-disabled", !active);
+  host.update = () => {
     host.setAttribute("aria-valuemax", count() - 1);
     host.setAttribute("aria-valuenow", chosen());
     host.setAttribute("aria-valuetext", say());
