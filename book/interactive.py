@@ -65,9 +65,10 @@ def lesion_bench() -> HTML:
 
     The first mode deletes one unit: mean and range of the error over the trainings, or the 95 % Wilson interval where
     there is one. The second steps through stored draws of several units, each with its error before and after batch
-    norm collected new statistics (Veit et al., 2016, sections 4.1 and 4.2). Trainings that failed are left out.
+    norm collected new statistics (Veit et al., 2016, sections 4.1 and 4.2), beside that of the intact network, before
+    and after. Trainings that failed are left out.
     """
-    datasets, singles, draws = [], both("delete_each"), both("delete_reestimated")
+    datasets, singles, draws, wholes = [], both("delete_each"), both("delete_reestimated"), both("intact")
     for dataset, (label, text) in DATASETS.items():
         tried = singles[dataset].groupby("network")["seed"].nunique()
         networks = [
@@ -77,7 +78,7 @@ def lesion_bench() -> HTML:
                 "seeds": int(rows["seed"].nunique()),
                 "intact": _thousandths(intact_error(rows)),
                 "units": _units(rows),
-                "draws": _draws(draws[dataset].query("network == @name")),
+                "draws": _draws(draws[dataset].query("network == @name"), wholes[dataset].query("network == @name")),
             }
             for name, rows in (learned(singles[dataset]) if len(tried) else singles[dataset]).groupby("network")
         ]
@@ -242,16 +243,18 @@ def _units(rows: pd.DataFrame) -> list[list[int]]:
     return units
 
 
-def _draws(rows: pd.DataFrame) -> list[list[Any]]:
-    """Return each draw as number, seed, codes of the deleted units, error before and after, and intact error."""
-    return [
-        [
-            int(row.k),
-            int(row.seed),
-            "".join(CODES[int(unit)] for unit in str(row.units).split()),
-            _thousandths(row.error),
-            _thousandths(row.reestimated_error),
-            _thousandths(row.error - row.delta_error),
-        ]
-        for row in rows.sort_values(["k", "seed", "trial"]).itertuples()
-    ]
+def _draws(rows: pd.DataFrame, whole: pd.DataFrame) -> list[list[Any]]:
+    """Return each draw as number, seed, codes of the deleted units, error before and after, and intact error likewise.
+
+    The draws may be on fewer images than the intact network with new statistics, of which the change is taken
+    therefore. Where that is not stored, the last number is left out.
+    """
+    change = {row.seed: row.reestimated_error - row.error for row in whole.itertuples()}
+    draws = []
+    for row in rows.sort_values(["k", "seed", "trial"]).itertuples():
+        intact = row.error - row.delta_error
+        errors = [row.error, row.reestimated_error, intact]
+        errors += [intact + change[row.seed]] if row.seed in change else []
+        units = "".join(CODES[int(unit)] for unit in str(row.units).split())
+        draws.append([int(row.k), int(row.seed), units, *map(_thousandths, errors)])
+    return draws

@@ -8,7 +8,7 @@ import re
 import sys
 from html import escape
 from io import BytesIO
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from math import comb
 from pathlib import Path
 
@@ -299,6 +299,20 @@ def test_bench_shows_every_network_of_both_data_sets(show):
             assert page.locator("[data-unit]").count() == rows["unit"].nunique()
 
 
+def drawn(dataset, network, k):
+    """Stored draws of k units with the intact errors, as trained and with what new statistics change of them."""
+    rows = table(f"{dataset}/delete_reestimated").query("network == @network and k == @k")
+    rows = rows.sort_values(["seed", "trial"])
+    whole = table(f"{dataset}/intact").query("network == @network").set_index("seed")
+    change = (whole["reestimated_error"] - whole["error"]).reindex(rows["seed"]).to_numpy()
+    rows = rows.assign(intact=rows["error"] - rows["delta_error"])
+    return rows.assign(anew=rows["intact"] + change).reset_index(drop=True)
+
+
+def nearest_to_the_median(rows):
+    return int(np.argmin((rows["error"] - rows["error"].median()).abs().round(9)))
+
+
 @pytest.mark.parametrize(("dataset", "label"), [("digits", "Digits"), ("cifar10", "CIFAR-10")])
 def test_bench_switches_the_statistics_of_a_stored_draw(show, dataset, label):
     page = show("lesion_bench")
@@ -306,25 +320,61 @@ def test_bench_switches_the_statistics_of_a_stored_draw(show, dataset, label):
     choose(page, "Delete", "several at random")
     page.get_by_role("slider", name="How many").focus()
     page.keyboard.press("End")
-    rows = table(f"{dataset}/delete_reestimated").query("network == 'resnet110' and k == 30")
-    rows = rows.sort_values(["seed", "trial"])
+    rows = drawn(dataset, "resnet110", 30)
+    first = nearest_to_the_median(rows)
     switch = page.get_by_label("collect new batch-norm statistics")
-    for number, row in enumerate(rows.iloc[:4].itertuples(), 1):
+    for step in range(4):
+        number = (first + step) % len(rows)
+        row = rows.loc[number]
         units = row.units.split()
-        assert f"seed {row.seed}, draw {number} of {len(rows)}" in status(page)
+        assert f"seed {row.seed}, draw {number + 1} of {len(rows)}" in status(page)
         assert f"without units {', '.join(units[:-1])} and {units[-1]}," in status(page)
         assert f"error {percent(row.error)} with the batch-norm statistics of the intact network" in status(page)
-        assert page.locator("[data-unit].gone").count() == 30
+        assert f"Intact: {percent(row.intact)}, with new statistics {percent(row.anew)}." in status(page)
+        assert page.locator("[data-unit].gone:visible").count() == 30
         assert page.locator(".plot .strong").all_text_contents() == ["old statistics", percent(row.error)]
         switch.check()
         assert f"error {percent(row.reestimated_error)} with new batch-norm statistics" in status(page)
+        assert f"Intact: {percent(row.intact)}, with new statistics {percent(row.anew)}." in status(page)
         assert page.locator(".plot .strong").all_text_contents() == ["new statistics", percent(row.reestimated_error)]
         switch.uncheck()
         page.get_by_role("button", name="Next draw").press("Enter")
     for _ in range(5):
         page.get_by_role("button", name="Previous draw").click()
-    assert f"draw {len(rows)} of {len(rows)}" in status(page)
+    assert f"draw {(first - 1) % len(rows) + 1} of {len(rows)}" in status(page)
     assert page.faults == []
+
+
+def test_several_opens_where_new_statistics_do_most(show):
+    """Ten units, or as many as were drawn, and the draw nearest to the median: half falls to near nothing on digits."""
+    page = show("lesion_bench")
+    choose(page, "Delete", "several at random")
+    rows = drawn("digits", "resnet110", 10)
+    row = rows.loc[nearest_to_the_median(rows)]
+    assert f"error {percent(row.error)} with" in status(page)
+    assert abs(row.error - rows["error"].median()) < 0.01
+    assert 0.4 < row.error < 0.6
+    page.get_by_label("collect new batch-norm statistics").check()
+    assert f"error {percent(row.reestimated_error)} with new" in status(page)
+    assert row.reestimated_error < 0.05
+    lines = page.locator(".plot:visible .dashed").evaluate_all("lines => lines.map(line => line.getAttribute('x1'))")
+    ends = page.locator(".plot:visible .bar").evaluate_all(
+        "bars => bars.map(bar => [+bar.getAttribute('x'), +bar.getAttribute('width')])")
+    start, scale = ends[0][0], ends[0][1] / row.error
+    assert [(float(x) - start) / scale for x in lines] == pytest.approx([row.intact, row.anew], abs=1e-3)
+    choose(page, "Network", "ResNet-20")
+    assert page.get_by_role("slider", name="How many").get_attribute("aria-valuetext") == "7 units"
+
+
+def test_what_is_left_is_no_bar_that_reads_like_an_error(show):
+    for width in (390, 1300):
+        page = show("lesion_bench", width)
+        choose(page, "Delete", "several at random")
+        marks = page.locator(".plot:visible rect:not(.bar)")
+        sizes = marks.evaluate_all("marks => marks.map(m => m.getBoundingClientRect()).map(r => [r.width, r.height])")
+        assert len(sizes) == 54
+        assert max(height for _, height in sizes) <= 16
+        assert np.ptp(sizes, axis=0) == pytest.approx([0, 0], abs=0.1)
 
 
 def test_bench_offers_no_statistics_where_there_is_no_batch_norm(made):
@@ -464,8 +514,17 @@ def test_exact_spectrum_is_the_stored_one_at_every_epoch(show, dataset, label):
 def test_every_network_opens_on_a_unit_that_can_move(show, made):
     page = show("reordering")
     for network in embedded(made("reordering"))["networks"]:
-        choose(page, "Network", network["label"])
+        page.get_by_label("Network").select_option(network["label"])
         assert page.get_by_role("button", name="Move right").is_enabled()
+
+
+def test_networks_take_one_line_on_a_phone(show, made):
+    page = show("reordering", 390)
+    networks = page.get_by_role("combobox", name="Network")
+    assert networks.bounding_box()["height"] < 50
+    assert page.get_by_role("radio").count() == 0
+    networks.press("ArrowDown")
+    assert embedded(made("reordering"))["networks"][1]["label"] in status(page)
 
 
 def order_of(page):
@@ -530,7 +589,7 @@ def test_a_unit_moves_by_buttons_within_its_stage(show):
 
 def test_a_unit_moves_by_dragging(show):
     page = show("reordering")
-    choose(page, "Network", "plain-20 on digits")
+    page.get_by_label("Network").select_option("plain-20 on digits")
     place = [page.locator(f"[data-place='{i}']").bounding_box() for i in range(9)]
     page.mouse.move(place[0]["x"] + 5, place[0]["y"] + 20)
     page.mouse.down()
@@ -592,6 +651,34 @@ def test_map_follows_the_pointer(show):
     assert len(seen) == 3
 
 
+def test_map_moves_by_buttons_under_a_finger(show):
+    page = show("damage_map", 390)
+    labels = table("digits/damage").query("network == 'resnet110' and seed == 0").set_index("image")["label"]
+    order = sorted(labels.index, key=lambda image: (labels[image], image))
+    for name, row, unit in [("Unit −", 0, 0), ("Unit +", 0, 1), ("Unit +", 0, 2), ("Unit −", 0, 1),
+                            ("Image −", 0, 1), ("Image +", 1, 1), ("Image +", 2, 1), ("Image −", 1, 1)]:
+        button = page.get_by_role("button", name=name)
+        assert button.bounding_box()["height"] >= 24
+        button.tap()
+        assert check_cell(page) == (order[row], unit)
+
+
+@pytest.mark.parametrize("width", [390, 1300])
+def test_map_has_a_scale_with_numbers(show, width):
+    """Each tick stands where the scale has the colour that the map gives to its damage; no two ticks touch."""
+    page = show("damage_map", width)
+    ramp = page.locator(".ramp").bounding_box()
+    ticks = [(tick.inner_text(), tick.bounding_box()) for tick in page.locator(".ticks span").all()]
+    assert [text for text, _ in ticks] == ["−10", "−1", "−0.1", "−0.01", "0", "0.01", "0.1", "1", "10"]
+    for text, box in ticks:
+        value = float(text.replace("−", "-"))
+        size = np.sign(value) * min(np.log10(1 + abs(value) / 1e-3) / 4, 1)
+        place = (box["x"] + box["width"] / 2 - ramp["x"]) / ramp["width"]
+        assert place == pytest.approx((1 + size) / 2, abs=0.01)
+    for (_, one), (_, other) in pairwise(ticks):
+        assert one["x"] + one["width"] + 2 < other["x"]
+
+
 def test_map_shows_the_digit_and_its_colours(show):
     page = show("damage_map")
     read = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
@@ -617,7 +704,7 @@ def test_map_shows_the_damage_with_statistics_re_estimated(show):
     page = show("damage_map", markup=interactive.damage_map(0, ([7, 3], damage)).data)
     image, _ = check_cell(page)
     choose(page, "Damage to the", "margin, statistics re-estimated")
-    assert "Re-estimated are units 3 and 7 alone." in status(page)
+    assert "Only units 3 and 7 were re-estimated." in status(page)
     cell = page.get_by_role("slider", name="Cell")
     for _ in range(3):
         cell.press("ArrowRight")
@@ -627,6 +714,12 @@ def test_map_shows_the_damage_with_statistics_re_estimated(show):
         cell.press("ArrowRight")
     assert re.search(r"re-estimated the margin gains 0\.50*\.$", status(page))
     assert page.faults == []
+
+
+def test_map_names_a_single_unit_that_was_re_estimated(show):
+    page = show("damage_map", markup=interactive.damage_map(0, ([3], np.zeros((500, 1)))).data)
+    choose(page, "Damage to the", "margin, statistics re-estimated")
+    assert "Only unit 3 was re-estimated." in status(page)
 
 
 def test_map_refuses_what_does_not_fit():

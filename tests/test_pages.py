@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.font_manager import FontProperties
 from PIL import Image
+from pypdf import PdfReader
 from test_notebooks import files
 from unravelling import plots
 
@@ -40,16 +41,24 @@ IMAGES = """() => [...document.querySelectorAll('article img, main img')]
 FORMULAS = """() => [document.querySelectorAll('.math').length, [...document.querySelectorAll('math')]
     .map(m => [m.getBoundingClientRect().width,
         !!m.querySelector('merror') || /\\[[0-9.]+(ex|em|pt)\\]/.test(m.textContent)])]"""
+CLIPPED = """() => {
+    const folds = [...document.querySelectorAll('details:not([open])')];
+    folds.forEach(fold => fold.open = true);
+    const wide = [...document.querySelectorAll('article div.math math')].filter(m => m.scrollWidth > m.clientWidth + 1)
+        .map(m => [m.parentElement.id, m.textContent.slice(0, 40), m.scrollWidth, m.clientWidth]);
+    folds.forEach(fold => fold.open = false);
+    return wide; }"""
 WIDEST = """() => [document.documentElement.scrollWidth, [...document.querySelectorAll('article *')]
     .filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 3)
     .map(e => e.tagName + '.' + e.className)]"""
 CONTRASTS = """() => {
-    const behind = e => { for (; e; e = e.parentElement) {
-        const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; }
-        return 'rgb(255, 255, 255)'; };
+    const behind = e => {  // grounds may be tints of what lies below them
+        if (!e) return [255, 255, 255];
+        const [r, g, b, a = 1] = getComputedStyle(e).backgroundColor.match(/[\\d.]+/g).map(Number);
+        return a === 1 ? [r, g, b] : behind(e.parentElement).map((c, i) => (1 - a) * c + a * [r, g, b][i]); };
     return [...document.querySelectorAll('article p, article figcaption, article a:not(.headerlink)')]
         .filter(e => e.checkVisibility() && e.textContent.trim())
-        .map(e => [getComputedStyle(e).color, behind(e), e.textContent.trim().slice(0, 40)]); }"""
+        .map(e => [getComputedStyle(e).color, `rgb(${behind(e)})`, e.textContent.trim().slice(0, 40)]); }"""
 FIGURES = """() => [...document.querySelectorAll('.cell_output :is(img:not(.tag_photographs *), .unravelling)')]
     .filter(e => e.checkVisibility()).map(e => {
     const r = e.getBoundingClientRect(); return [r.left + scrollX, r.top + scrollY, r.width, r.height]; })"""
@@ -105,7 +114,7 @@ def look(browser):
         found = {"url": page.url, "title": page.title(), "asked": [*asked], "errors": [*errors], "bytes": sum(sizes),
                  "images": page.evaluate(IMAGES), "formulas": page.evaluate(FORMULAS),
                  "search bars": sum(bar.is_visible() for bar in bars), "unreachable": page.evaluate(SCROLLERS),
-                 "drawings": page.evaluate(DRAWINGS)}
+                 "drawings": page.evaluate(DRAWINGS), "clipped": page.evaluate(CLIPPED)}
         page.evaluate(axe.read_text())
         found["axe"] = page.evaluate(AXE)
         for theme in THEMES:
@@ -187,6 +196,12 @@ def test_narrow_page_does_not_scroll_sideways(look, path, theme):
     assert width <= 391, widest
 
 
+@pytest.mark.parametrize("path", PAGES)
+def test_no_formula_is_wider_than_a_phone(look, path):
+    """A formula that scrolls looks as if it ended at the edge: such a one is written in two lines."""
+    assert look(path, 390)["clipped"] == []
+
+
 @functools.cache
 def smallest_type():
     """Points of the smallest type that figures are drawn with: by the style, in the library, or in a notebook."""
@@ -250,6 +265,16 @@ def test_figures_have_the_ground_of_their_theme(look, path):
         [0.0] * len(found["dark"]["figures"]), abs=0.1)
 
 
+def opened(browser, path, theme, **options):
+    """A page by itself, to do something with it."""
+    page = browser.new_page(color_scheme=theme, **options)
+    page.route("**/*", lambda r: r.fulfill(path=HTML / r.request.url.removeprefix(f"{ORIGIN}/").split("?")[0]))
+    page.goto(f"{ORIGIN}/{path}")
+    if options.get("java_script_enabled", True):
+        page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
+    return page
+
+
 PATCHES = """source => {
     const put = (kind, place) => {
         const cell = document.createElement('div');
@@ -266,10 +291,7 @@ def test_photographs_keep_their_pixels_where_drawings_are_turned_round(browser, 
     """A dull blue patch, once in a cell with the tag and once in one without, in the style of a built page."""
     color, file = (30, 90, 160), io.BytesIO()
     Image.new("RGB", (32, 32), color).save(file, "PNG")
-    page = browser.new_page(color_scheme=theme)
-    page.route("**/*", lambda r: r.fulfill(path=HTML / r.request.url.removeprefix(f"{ORIGIN}/").split("?")[0]))
-    page.goto(f"{ORIGIN}/book/index.html")
-    page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
+    page = opened(browser, "book/index.html", theme)
     page.evaluate(PATCHES, "data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
     seen = {}
     for kind in ("tag_photographs", "tag_hide-input"):
@@ -281,6 +303,75 @@ def test_photographs_keep_their_pixels_where_drawings_are_turned_round(browser, 
         assert seen["tag_hide-input"] == color
     else:
         assert luminance(seen["tag_hide-input"]) > luminance(color) + 0.1
+
+
+PAPER = """() => {
+    const seen = e => getComputedStyle(e), figure = seen(document.querySelector('.cell_output figure img'));
+    const inks = [...document.querySelectorAll('article :is(p, td, th, .admonition-title)')]
+        .filter(e => e.checkVisibility()).map(e => seen(e).color);
+    const grounds = [...document.querySelectorAll('body, article, article *')].filter(e => e.checkVisibility())
+        .map(e => seen(e).backgroundColor).filter(c => !c.startsWith('rgba'));
+    return [figure.filter, figure.mixBlendMode, [...new Set(inks)], [...new Set(grounds)],
+        document.querySelectorAll('details.below-input').length,
+        document.querySelectorAll('details.below-input:not([open])').length]; }"""
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_paper_is_light_in_either_theme(browser, theme):
+    """Figures keep their pixels, ink is dark and grounds are light; what exercises put out is open. All goes back."""
+    page = opened(browser, "book/05-deleting-blocks.html", theme)
+    page.emulate_media(media="print", color_scheme=theme)
+    page.wait_for_function("document.documentElement.dataset.theme == 'light'")
+    page.wait_for_function("document.querySelector('details.below-input').open")
+    turned, blended, inks, grounds, results, folded = page.evaluate(PAPER)
+    assert (turned, blended) == ("none", "normal")
+    assert [ink for ink in inks if contrast(ink, "rgb(255, 255, 255)") < 4.5] == []
+    assert [ground for ground in grounds if contrast(ground, "rgb(0, 0, 0)") < 9] == []
+    assert results > 0
+    assert folded == 0
+    page.emulate_media(media="screen", color_scheme=theme)
+    page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
+    page.wait_for_function("!document.querySelector('details.below-input').open")
+    page.close()
+
+
+def test_what_exercises_put_out_is_on_paper_without_a_script(browser):
+    page = opened(browser, "book/05-deleting-blocks.html", "light", java_script_enabled=False)
+    outputs = page.locator("details.below-input pre").all_text_contents()
+    printed = "".join(sheet.extract_text() for sheet in PdfReader(io.BytesIO(page.pdf())).pages)
+    page.close()
+    assert outputs
+    assert [text for text in outputs if "".join(text.split()) not in "".join(printed.split())] == []
+
+
+TABLES = """() => {
+    const put = (width) => {
+        const table = document.createElement('table');
+        table.className = 'table';
+        table.innerHTML = `<tr><td style="min-width: ${width}px; height: 40px"></td></tr>`;
+        document.querySelector('article section').prepend(table);
+        return table; };
+    put(100).id = 'narrow';
+    put(900).id = 'wide'; }"""
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_shadow_says_where_a_table_goes_on(browser, theme):
+    page = opened(browser, "book/index.html", theme, viewport={"width": 390, "height": 900})
+    page.evaluate(TABLES)
+
+    def shadows(name, place):
+        """Whether the left and the right end differ from the middle."""
+        page.locator(name).evaluate("(table, place) => { table.scrollLeft = place; }", place)
+        picture = Image.open(io.BytesIO(page.locator(name).screenshot())).convert("RGB")
+        left, middle, right = (picture.getpixel((x, 20)) for x in (3, picture.width // 2, picture.width - 4))
+        return [sum(abs(a - b) for a, b in zip(end, middle, strict=True)) > 60 for end in (left, right)]
+
+    assert shadows("#narrow", 0) == [False, False]
+    assert shadows("#wide", 0) == [False, True]
+    assert shadows("#wide", 200) == [True, True]
+    assert shadows("#wide", 2000) == [True, False]
+    page.close()
 
 
 def test_some_page_has_formulas_and_figures_and_every_page_is_seen(look):

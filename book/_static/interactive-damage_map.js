@@ -27,18 +27,30 @@ mount("damage_map", (root, status, data) => {
     "aria-valuemin": 0, "aria-valuemax": rows * units - 1 });
   const cross = html("div", { class: "cross" });
   const digit = html("canvas", { width: data.side, height: data.side, class: "digit", role: "img" });
-  root.append(scale, html("div", { class: "beside" }, html("div", { class: "frame" }, map, cross), digit),
-    html("p", { class: "key" }, "Rows: test images, sorted by class. Columns: deleted units. Orange: the deletion does harm. Blue: it does good. Arrow keys move by a cell, page keys by a class."));
+  // a finger is wider than a cell
+  const within = (value, most) => Math.min(Math.max(value, 0), most - 1);
+  const move = (right, down) => go(within(state.unit + right, units), within(state.row + down, rows));
+  const steps = html("div", { class: "controls steps" },
+    button("Unit −", () => move(-1, 0)), button("Unit +", () => move(1, 0)),
+    button("Image −", () => move(0, -1)), button("Image +", () => move(0, 1)));
+  // the strength of a colour: logarithmic from a thousandth to ten, as in the static figure
+  const strength = (value) => Math.min(Math.log10(1 + Math.abs(value) / 0.001) / 4, 1);
+  const ticks = [-10, -1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10].map((value) => html("span",
+    { style: `left: ${50 * (1 + Math.sign(value) * strength(value))}%` }, `${value}`.replace("-", "−")));
+  const colours = html("div", { class: "colours" },
+    html("div", { class: "ramp" }), html("div", { class: "ticks" }, ...ticks));
+  root.append(scale, colours,
+    html("div", { class: "beside" }, html("div", { class: "frame" }, map, cross), digit), steps,
+    html("p", { class: "key" }, "Rows: test images, sorted by class. Columns: deleted units. Scale: damage in nats. " +
+      "Orange: the deletion does harm. Blue: it does good. Arrow keys move by a cell, page keys by a class."));
 
   function draw() {
     const picture = new ImageData(units, rows);
     order.forEach((image, row) => {
       for (let unit = 0; unit < units; unit++) {
         const value = damage[state.scale](image, unit), at = 4 * (row * units + unit);
-        // logarithmic from a thousandth to ten, as in the static figure
-        const size = value === null ? 0 : Math.min(Math.log10(1 + Math.abs(value) / 0.001) / 4, 1);
         picture.data.set(value > 0 ? [200, 112, 26] : [63, 132, 200], at);
-        picture.data[at + 3] = 255 * size;
+        picture.data[at + 3] = 255 * strength(value);  // what is not measured counts as 0
       }
     });
     map.getContext("2d").putImageData(picture, 0, 0);
@@ -60,7 +72,9 @@ mount("damage_map", (root, status, data) => {
     const words = `Image ${image}, a ${data.classes[data.labels[image]]}, in ${data.network}: with unit ${state.unit} its loss is ` +
       `${number(loss(before))} and its margin ${number(before)}; without it, loss ${number(loss(after))} and margin ${number(after)}.`;
     if (other !== null) return `${words} With batch norm re-estimated the margin ${other < 0 ? "gains" : "loses"} ${number(Math.abs(other))}.`;
-    return state.scale === "reestimated" ? `${words} Re-estimated are units ${listed([...healed.units].sort((a, b) => a - b))} alone.` : words;
+    if (state.scale !== "reestimated") return words;
+    const [noun, verb] = healed.units.length === 1 ? ["unit", "was"] : ["units", "were"];
+    return `${words} Only ${noun} ${listed([...healed.units].sort((a, b) => a - b))} ${verb} re-estimated.`;
   }
 
   function point(event) {
@@ -83,8 +97,7 @@ mount("damage_map", (root, status, data) => {
       Home: () => [-units, 0], End: () => [units, 0] };
     if (!(event.key in moves)) return;
     event.preventDefault();
-    const [right, down] = moves[event.key](), within = (value, most) => Math.min(Math.max(value, 0), most - 1);
-    go(within(state.unit + right, units), within(state.row + down, rows));
+    move(...moves[event.key]());
   });
 
   function go(unit, row) {

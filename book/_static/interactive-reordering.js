@@ -7,7 +7,8 @@ mount("reordering", (root, status, data) => {
   const free = (i) => network().stages[i] > 0;
   const stage = (place) => network().stages[place];  // the stages stay where they are, whatever moves in them
 
-  const which = choice("Network", data.networks.map((net, i) => [i, net.label]), 0, (i) => { state.network = i; reset(); });
+  const which = select("Network", data.networks.map((net, i) => [i, net.label]), 0,
+    (i) => { state.network = i; reset(); });
   const strip = columns(96, "Place", count, () => state.chosen, choose, words, paint, false);
   strip.style.touchAction = "none";  // a finger that drags a block does not scroll the page
   const left = button("← Move left", () => move(-1)), right = button("Move right →", () => move(1));

@@ -29,6 +29,13 @@ function choice(legend, options, chosen, act) {
       ` ${label}`)));
 }
 
+/* The same as a list that opens, for choices that would fill a phone's screen. */
+function select(label, options, chosen, act) {
+  const list = html("select", { onchange: () => act(options[list.selectedIndex][0]) },
+    ...options.map(([value, text]) => html("option", { selected: value === chosen }, text)));
+  return html("label", {}, `${label} `, list);
+}
+
 function toggle(label, checked, act) {
   const box = html("input", { type: "checkbox", checked, onchange: () => act(box.checked) });
   return html("label", {}, box, ` ${label}`);
@@ -90,9 +97,7 @@ function columns(height, label, count, chosen, choose, say, paint, hover = true)
     event.preventDefault();
     choose(Math.min(Math.max(chosen() + steps[event.key], 0), count() - 1));
   });
-  host.update = (active = true) => {
-    host.tabIndex = active ? 0 : -1;
-    host.setAttribute("aria-disabled", !active);
+  host.update = () => {
     host.setAttribute("aria-valuemax", count() - 1);
     host.setAttribute("aria-valuenow", chosen());
     host.setAttribute("aria-valuetext", say());

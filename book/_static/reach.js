@@ -9,16 +9,24 @@ function reach() {
 addEventListener("load", reach);
 addEventListener("resize", reach);
 
-// Solutions and folded results are open on paper, and as they were afterwards.
-addEventListener("beforeprint", () => {
-  for (const fold of document.querySelectorAll("details:is(.sd-dropdown, .above-output):not([open])")) {
-    fold.open = true;
-    fold.dataset.printed = "";
+// Paper is white: on it the theme is the light one, and solutions and folded results are open; afterwards all is as it
+// was. Without scripts the theme is never dark. Of event and medium either may come first, and an emulated print has no
+// event.
+const folds = "details:is(.sd-dropdown, .above-output, .below-input)";
+function paper(printing) {
+  const page = document.documentElement;
+  if (printing && page.dataset.theme === "dark") {
+    page.dataset.theme = "light";
+    page.dataset.printed = "";
+  } else if (!printing && "printed" in page.dataset) {
+    page.dataset.theme = "dark";
+    delete page.dataset.printed;
   }
-});
-addEventListener("afterprint", () => {
-  for (const fold of document.querySelectorAll("details[data-printed]")) {
-    fold.open = false;
-    delete fold.dataset.printed;
+  for (const fold of document.querySelectorAll(printing ? `${folds}:not([open])` : `${folds}[data-printed]`)) {
+    fold.open = printing;
+    fold.toggleAttribute("data-printed", printing);
   }
-});
+}
+addEventListener("beforeprint", () => paper(true));
+addEventListener("afterprint", () => paper(false));
+matchMedia("print").addEventListener("change", (medium) => paper(medium.matches));
