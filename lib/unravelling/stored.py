@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pandas as pd
@@ -45,12 +46,26 @@ def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = 
         there = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.csv"))
         raise FileNotFoundError(f"no stored results {name!r}: there are {', '.join(there) or 'none'}")
     try:
-        table = pd.read_csv(path)
+        _check_rows(path)
+        table = pd.read_csv(path, dtype={"seed": int})
         table[KEYS]  # which all have
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, csv.Error) as error:
         raise ValueError(f"{path} is broken ({error}): restore it by git, or install the library anew") from error
     recipe = DEFAULT_RECIPES.get(name.split("/")[0]) if recipe == "default" else recipe
     return table if recipe is None else table[table["recipe"] == recipe].reset_index(drop=True)
+
+
+def _check_rows(path: Path) -> None:
+    """Raise ValueError for a row that was cut, or that git left in a merge: pandas would fill up what it lacks."""
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    if rest:
+        raise ValueError(f"line {len(lines) + 1} has no end, so that it may be cut: {rest!r:.40}")
+    rows = csv.reader(lines, strict=True)
+    width = len(next(rows, []))
+    for row in rows:
+        if len(row) not in (0, width):
+            text = f"{len(row)} of {width} columns, as where it was cut, or git marks a conflict"
+            raise ValueError(f"line {rows.line_num} has {text}: {lines[rows.line_num - 1]!r:.40}")
 
 
 def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[str, pd.DataFrame]:
