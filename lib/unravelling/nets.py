@@ -215,7 +215,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         options: passed to `resnet`, `plain` or `vgg`, over those of the dataset.
 
     Raises:
-        ValueError: no such network or dataset.
+        ValueError: no such network or dataset, or an option contradicts the name.
     """
     if joint := re.fullmatch(r"(.+)-joint([1-9]\d?)", str(name)):
         members = [build(joint[1], dataset, seed=seed * int(joint[2]) + i, **options) for i in range(int(joint[2]))]
@@ -236,7 +236,11 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         options = {"in_channels": channels} | vgg_only | options
     kinds: dict[str, tuple[str, Any]] = {"post": ("preactivation", False), "projection": ("shortcut", "projection")}
     kinds |= {"nobn": ("batch_norm", False), "wide": ("width", 40)}
-    options |= dict(kinds[suffix] for suffix in suffixes)
+    for suffix in suffixes:
+        key, meant = kinds[suffix]
+        if options.setdefault(key, meant) != meant:
+            other = f"means {key}={meant!r}, not {options[key]!r}"
+            raise ValueError(f"-{suffix} in {name!r} {other}: leave out the option, or the suffix")
     make: dict[str, Callable[..., Chain]] = {"resnet": resnet, "plain": plain, "vgg": vgg}
     chain = make[family](depth, seed=seed, **options)
     if "wide" in suffixes and chain.config:
