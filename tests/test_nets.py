@@ -376,17 +376,17 @@ def test_build_knows_the_datasets():
 @pytest.mark.parametrize(
     ("name", "option", "meant"),
     [
-        ("resnet8-wide", {"width": 16}, "-wide in 'resnet8-wide' means width=40, not 16"),
-        ("resnet8-post", {"preactivation": True}, "-post in 'resnet8-post' means preactivation=False, not True"),
-        ("plain8-post", {"preactivation": True}, "-post in 'plain8-post' means preactivation=False, not True"),
-        ("resnet8-nobn", {"batch_norm": True}, "-nobn in 'resnet8-nobn' means batch_norm=False, not True"),
-        ("vgg15-nobn", {"batch_norm": True}, "-nobn in 'vgg15-nobn' means batch_norm=False, not True"),
+        ("resnet8-wide", {"width": 16}, "'resnet8-wide' means width=40, not 16"),
+        ("resnet8-post", {"preactivation": True}, "'resnet8-post' means preactivation=False, not True"),
+        ("plain8-post", {"preactivation": True}, "'plain8-post' means preactivation=False, not True"),
+        ("resnet8-nobn", {"batch_norm": True}, "'resnet8-nobn' means batch_norm=False, not True"),
+        ("vgg15-nobn", {"batch_norm": True}, "'vgg15-nobn' means batch_norm=False, not True"),
         ("resnet8-projection", {"shortcut": "pad"}, "means shortcut='projection', not 'pad'"),
-        ("resnet8-wide-joint2", {"width": 2}, "-wide in 'resnet8-wide' means width=40, not 2"),
+        ("resnet8-wide-joint2", {"width": 2}, "'resnet8-wide' means width=40, not 2"),
     ],
 )
 def test_an_option_that_contradicts_the_name_is_refused_and_an_equal_one_is_not(name, option, meant):
-    with pytest.raises(ValueError, match=f"{re.escape(meant)}: leave out the option, or the suffix$"):
+    with pytest.raises(ValueError, match=f"{re.escape(meant)}: leave out the option, or the suffix of the name$"):
         build(name, "digits", **option)
     ((key, _),) = option.items()
     value = {"width": 40, "shortcut": "projection"}.get(key, False)
