@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from .stats import check_table
+
 KEYS = ["dataset", "network", "seed", "recipe"]
 """Columns that tell the rows of a table apart."""
 
@@ -35,8 +37,7 @@ def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = 
     Args:
         name: data set and quantity.
         folder: that holds ``<dataset>/<quantity>.csv``; the project's ``data/results`` when None.
-        recipe: rows of networks trained by this recipe; by the ordinary one of the data set when ``"default"``, by any
-            when None.
+        recipe: by which the networks were trained; the ordinary one of the data set when ``"default"``, any when None.
 
     Raises FileNotFoundError where nothing is stored under this name, and ValueError where the file is broken.
     """
@@ -64,8 +65,7 @@ def _check_rows(path: Path) -> None:
     width = len(next(rows, []))
     for row in rows:
         if len(row) not in (0, width):
-            text = f"{len(row)} of {width} columns, as where it was cut, or git marks a conflict"
-            raise ValueError(f"line {rows.line_num} has {text}: {lines[rows.line_num - 1]!r:.40}")
+            raise ValueError(f"line {rows.line_num} has {len(row)} of {width} columns: {','.join(row)!r:.40}")
 
 
 def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[str, pd.DataFrame]:
@@ -86,4 +86,5 @@ def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[
 
 def intact_error(table: pd.DataFrame) -> float:
     """Return the mean error, as a fraction, of a lesion table's networks before any lesion."""
+    check_table(table, ["error", "delta_error"], "unravelling.lesion.delete_each")
     return (table["error"] - table["delta_error"]).mean()
