@@ -72,7 +72,7 @@ def test_numbers_have_a_true_minus_sign_and_no_negative_zero():
 
 
 def test_seeds_are_counted_for_each_network_and_recipe():
-    assert seeds(table(("a", 4, "r"), ("a", 4, "r"))) == "seed 4"
+    assert seeds(table(("a", 4, "r"), ("a", 4, "r"))) == seeds(pd.DataFrame({"seed": [4]})) == "seed 4"
     assert seeds(table(("a", 0, "r"), ("a", 1, "r"), ("b", 0, "r"), ("b", 1, "r"))) == "2 seeds"
     assert seeds(table(("a", 0, "r"), ("a", 1, "r"), ("b", 1, "r"))) == "1 to 2 seeds"
     assert seeds(table(("a", 0, "r"), ("a", 1, "s"))) == "1 seed"

@@ -35,9 +35,10 @@ def listed(items: Iterable[object], nothing: str = "none") -> str:
 
 def seeds(table: pd.DataFrame) -> str:
     """Return how many runs stand behind each network and recipe of a table: ``"seed 0"``, ``"1 to 3 seeds"``."""
-    check_table(table, KEYS[1:], "unravelling.stored.stored")
+    check_table(table, ["seed"], "unravelling.stored.stored")
     if table["seed"].nunique() == 1:
         return f"seed {int(table['seed'].iloc[0])}"
+    check_table(table, KEYS[1:], "unravelling.stored.stored")
     runs = table.groupby(["network", "recipe"])["seed"].nunique()
     return span(runs, "d", unit=" seed" if runs.max() == 1 else " seeds")
 
@@ -45,8 +46,8 @@ def seeds(table: pd.DataFrame) -> str:
 def about(dataset: str, table: pd.DataFrame) -> str:
     """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
     images = IN_PROSE.get(dataset, dataset).removeprefix("the ")
-    runs = "" if getattr(table, "empty", False) else seeds(table)
-    return f"{images}, recipe {listed(sorted(table['recipe'].unique()))}, {runs}" if runs else images
+    check_table(table, [] if getattr(table, "empty", False) else KEYS[1:], "unravelling.stored.stored", least=0)
+    return images if table.empty else f"{images}, recipe {listed(sorted(table['recipe'].unique()))}, {seeds(table)}"
 
 
 def label(dataset: str, recipe: str = "default") -> str:
@@ -113,8 +114,8 @@ def _mean(values: Any, form: str, unit: str, name: str = "", ends: tuple[float, 
 
 def over_seeds(values: Any, *, scale: float = 100, unit: str = " %", digits: int = 1) -> str:
     """Return a mean in words, times ``scale``, with its 95 % Student t interval where there are several seeds."""
-    seeds = np.sum(pd.notna(values))
-    return _mean(scale * np.asarray(values), f".{digits}f", unit, f"95 % interval over {seeds} seeds ")
+    name = f"95 % interval over {np.sum(pd.notna(values))} seeds "
+    return _mean(scale * np.asarray(values), f".{digits}f", unit, name)
 
 
 def percent(values: Any, digits: int = 1) -> str:

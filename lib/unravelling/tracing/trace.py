@@ -226,8 +226,7 @@ def _length(x: Any, length: Callable[[Any], int] = len) -> Any:
 
 @contextmanager
 def _lengths_and_masks() -> Iterator[None]:
-    """Let ``len`` of a tensor be a size that stays free, and nn.Transformer not ask whether the mask is causal."""
-    # for the sake of speed alone it asks the numbers, which a graph does not hold
+    """Let a tensor's ``len`` stay free, and nn.Transformer not ask numbers, for speed alone, if the mask is causal."""
     hint = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
     with patch.object(builtins, "len", _length), \
          patch.object(torch, "is_tensor", lambda x: isinstance(x, (Tensor, fx.Proxy))), \
