@@ -218,7 +218,10 @@ def damage_map(seed: int = 0, reestimated: tuple[Sequence[int], np.ndarray] | No
 
 def _packed(values: np.ndarray, step: float) -> str:
     """Return numbers as multiples of a step, two bytes each, in base 64: a third of what they take as text."""
-    return base64.b64encode(np.rint(values / step).astype("<i2").tobytes()).decode()
+    steps = np.rint(values / step)
+    if not (np.abs(steps) < 2**15).all():
+        raise ValueError(f"values of up to {np.abs(values).max():.4g} do not fit into two bytes: take larger steps")
+    return base64.b64encode(steps.astype("<i2").tobytes()).decode()
 
 
 def _bench_label(name: str, runs: int, tried: int) -> str:

@@ -1,25 +1,35 @@
 """What is not meant is refused where it comes in: in words, by the name of the argument, before a table is made."""
 
+import importlib
+import inspect
 import math
+import pkgutil
 import re
+from types import GeneratorType
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import unravelling
 from helpers import images, small, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from unravelling import (
+    RECIPES,
     Chain,
     Dataset,
+    Recipe,
+    Split,
     Unit,
     canonical_split,
+    cifar10,
     delete_each,
     delete_random,
     digits,
     evaluate,
+    fit,
     gradient_by_length,
     gradient_norms,
     mean_length,
@@ -31,18 +41,22 @@ from unravelling import (
     replace_branches,
     resnet,
     sample_path_gradients,
+    save,
     spectrum,
     taylor_importance,
     vgg,
     weight_spectrum,
 )
-from unravelling.batches import inputs_and_labels
+from unravelling.batches import inputs_and_labels, iterate
 from unravelling.chain import check_number, listed
+from unravelling.data import augment
 from unravelling.ensemble import average, disagreement, predictions, random_subnetworks, remove_members
 from unravelling.lesion import evaluate_variants, variant_logits
 from unravelling.nets import build
 from unravelling.paths import cross_entropy, length_distribution, surviving
+from unravelling.plots import chain_diagram, seed_lines
 from unravelling.stats import error_difference, paired_bootstrap, seed_band, wilson
+from unravelling.wording import error
 
 X, Y = images(4)
 CHAIN = small("pre")
@@ -162,6 +176,22 @@ def test_what_is_no_chain_or_has_no_weights(function, chain, error, message):
             ValueError,
             "the loss is NaN or infinite: look for NaN in the network's weights",
         ),
+        (lambda logits, y: logits, ValueError, r"the loss must be a real scalar, not \(4, 10\) of torch\.float32"),
+        (lambda logits, y: logits.sum() * 1j, ValueError, r"the loss must be a real scalar, not \(\) of torch\.c"),
+        (nn.CrossEntropyLoss, ValueError, "the loss cannot take logits and labels of shape"),  # the class itself
+        (
+            lambda logits, y: sum(p.sum() for p in CHAIN.parameters()) + logits.detach().sum(),
+            ValueError,
+            "the loss has no gradient at the logits: compute it from them",
+        ),
+        (
+            lambda logits: logits.sum(),
+            ValueError,
+            r"the loss cannot take logits and labels of shape \(4, 10\) float32, \(4,\) int64: .* 1 positional",
+        ),
+        (lambda logits, y: nn.CrossEntropyLoss()(logits, y[:3]), ValueError, "the loss cannot take logits and labels"),
+        (lambda logits, y: {}["weights"], ValueError, "the loss cannot take logits and labels of shape .*: 'weights'"),
+        (lambda logits, y: 1 / 0, ValueError, "the loss cannot take logits and labels of shape .*: division by zero"),
     ],
 )
 def test_losses_that_are_none(function, loss, error, message):
@@ -300,6 +330,61 @@ def test_numbers_of_other_kinds_will_do():
     assert CHAIN.without(np.int64(3), 2.0, torch.tensor(1)).units[3].is_deleted
     assert repr(CHAIN.reordered(torch.tensor([1, 0, 2, 3, 4, 5]))) == repr(CHAIN)
     assert wilson([1, 2], 4)[0].shape == (2,)
+
+
+# ---------------------------------------------------------------- True or False
+
+NETWORKS = pd.DataFrame({"seed": [0, 1], "test_error": 0.1, "test_images": 500})
+FLAGS = {
+    Unit: {"branch": nn.ReLU()},
+    resnet: {"depth": 8},
+    plain: {"depth": 8},
+    vgg: {},
+    gradient_by_length: {"chain": CHAIN, "x": X, "y": Y},
+    weight_spectrum: {"chain": CHAIN, "x": X, "y": Y},
+    spectrum: {"gradients": X},
+    inputs_and_labels: {"chain": CHAIN, "batch": (X, Y)},
+    iterate: {"chain": CHAIN, "data": (X, Y)},
+    augment: {"images": digits().test.images[:2], "generator": torch.Generator()},
+    Split.shuffled: {"self": digits().test, "size": 2, "generator": torch.Generator()},
+    cifar10: {"root": "."},
+    Recipe: {"name": "a", "epochs": 1},
+    fit: {"chain": CHAIN, "data": digits(), "recipe": RECIPES["digits"], "stop_after": 0},
+    save: {"chain": CHAIN.without(0), "path": "a.safetensors"},
+    seed_lines: {"table": NETWORKS, "x": "seed", "value": "test_error"},
+    chain_diagram: {},
+    error: {"table": NETWORKS},
+}
+"""Whatever takes an option that is True or False, and the arguments that it needs besides."""
+
+
+def flags():
+    """Every such option of what is public, by the signatures of all modules but those that tracing consists of."""
+    for name in [module.name for module in pkgutil.iter_modules(unravelling.__path__, "unravelling.")]:
+        module = importlib.import_module(name)
+        own = [value for value in vars(module).values() if getattr(value, "__module__", "") == name]
+        own += [value for kind in own if inspect.isclass(kind) for value in vars(kind).values()]
+        for function in own:
+            if callable(function) and not function.__name__.startswith("_"):
+                for parameter in inspect.signature(function).parameters.values():
+                    if parameter.annotation in ("bool", "bool | None"):
+                        yield function, parameter.name
+
+
+@pytest.mark.parametrize("wrong", ["no", 0, 1, np.array([True])])
+@pytest.mark.parametrize(("function", "name"), list(flags()))
+def test_what_is_neither_true_nor_false_is_refused(function, name, wrong):
+    def call():
+        result = function(**FLAGS[function] | {name: wrong})
+        return next(result) if isinstance(result, GeneratorType) else result
+
+    with pytest.raises(TypeError, match=rf"\b{name}\b.* True or False$"):
+        call()
+
+
+def test_true_of_numpys_will_do():
+    assert spectrum(X, per_sample=np.bool_(True)).equals(spectrum(X, per_sample=True))
+    assert set(FLAGS) == {function for function, _ in flags()}
 
 
 # ---------------------------------------------------------------- anything, for anything

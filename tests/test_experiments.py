@@ -120,6 +120,22 @@ def test_ensembles_share_no_member():
 
 
 @pytest.mark.parametrize(
+    ("line", "recipe"),
+    [
+        ({}, "digits"),
+        ({"variant": "bagged"}, "digits-bagged"),
+        ({"recipe": "short"}, "short"),
+        ({"recipe": "short", "variant": "bagged"}, "short-bagged"),
+    ],
+)
+def test_a_variant_is_of_the_recipe_of_its_own_row(line, recipe):
+    line |= {"network": "resnet8", "seeds": [0], "members": 2}
+    (row,) = matrix.rows({"paper": {"dataset": "digits", "recipe": "digits", "rows": [line]}}, "paper")
+    assert [one.recipe for one in (row, *row.members)] == [recipe] * 3
+    assert row.folder.parts == ("digits", recipe, "resnet8x2-seed0")
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ({"recipe": "none"}, "no recipe none"),
@@ -211,6 +227,43 @@ def test_variance_of_damage_leaves_out_the_unit_that_costs_the_most():
     assert on_loss["size"].iloc[0] == pytest.approx((damage**2).mean() ** 0.5)
     others = np.delete(damage, damage.mean(0).argmax(), axis=1)
     assert on_loss["size"].iloc[1] == pytest.approx((others**2).mean() ** 0.5)
+
+
+def test_margins_of_losses_that_are_beyond_every_exponential(monkeypatch):
+    before, after = np.array([1.0, 800, 0]), np.array([[2.0, 900, 1e-12], [720, 5000, 3], [710, 1, 800]])
+    monkeypatch.setattr(measurements, "_losses", lambda chain, test: (before, after))
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        table = measurements.variance_of_damage(build("resnet8-nobn", "digits"), None, None, 0)
+
+    def margin(losses):  # log(exp(loss) - 1) is the loss itself where it is large; none is taken for less than 1e-9
+        return np.array([-loss if loss > 40 else -np.log(np.expm1(max(loss, 1e-9))) for loss in losses])
+
+    damage = np.stack([margin(before) - margin(losses) for losses in after], 1)
+    found = table.query("scale == 'margin' and without == ''")
+    assert found["size"].item() == pytest.approx((damage**2).mean() ** 0.5)
+    assert found["block"].item() == pytest.approx(measurements.variance_parts(damage)["block"])
+
+
+@pytest.mark.parametrize("network", ["resnet14", "resnet14-post"])
+def test_descent_is_at_the_sum_before_a_relu(network):
+    chain, data = build(network, "digits", seed=1), digits()
+    chain = measurements.lesion.reestimate_batch_norm(chain, data.train.take(torch.arange(100)))
+    test = data.test.take(torch.arange(30))
+    table = measurements.size_and_direction(chain, test, data, 0)
+    ((x, y),) = test.batches()
+    for i, unit in enumerate(chain.units):
+        state = chain.trace(x)[i].detach()
+        f, skip = unit.branch(state).detach(), unit.skip(state).detach()
+
+        def loss(total, unit=unit, i=i):
+            state = unit.post(total)
+            for later in chain.units[i + 1 :]:
+                state = later(state)
+            return torch.nn.functional.cross_entropy(chain.head(state), y, reduction="sum")
+
+        gradient = torch.func.grad(loss)(f + skip)
+        cosine = [torch.nn.functional.cosine_similarity(f.flatten(1), g.flatten(1)).mean() for g in (-gradient, skip)]
+        assert table.loc[i, ["descent", "cosine"]].tolist() == pytest.approx([c.item() for c in cosine], abs=1e-5)
 
 
 def test_spectra_at_the_weights_share_one_gradient():
@@ -914,6 +967,19 @@ def test_two_collectors_wait_for_each_other(runs, tmp_path):
     assert meanwhile.exists()  # the collector looked only when it had the lock
 
 
+def test_a_page_names_each_kind_of_hardware_once():
+    row = matrix.Row("cifar10", "resnet20", 0, "short")
+    kinds = {"networks": "a GPU; 8 threads", "intact": "8 threads", "reorder": "8 threads; 2 threads"}
+    record = {
+        f"{name}.csv": [{"seconds": {str(row): 60.0}, "hardware": hardware, "commit": "c", "data": "CIFAR-10"}]
+        for name, hardware in kinds.items()
+    }
+    networks = pd.DataFrame([["cifar10", "resnet20", "0", "short", "0.1", "1000"]])
+    networks.columns = [*cells.KEYS, "test_error", "test_images"]
+    (line,) = [line for line in collect._page(record, networks).splitlines() if "| resnet20 | 0 | short |" in line]
+    assert line.split(" | ")[6:] == ["a GPU; 8 threads; 2 threads", "1 + 2", "c |"]
+
+
 def test_the_committed_page_is_what_the_committed_data_give():
     page = collect.runs_page(ROOT / "data")
     assert (ROOT / "data/RUNS.md").read_text(encoding="utf-8") == page
@@ -971,6 +1037,21 @@ def until(condition, seconds=240):
 def epochs_of(row):
     progress = row / "checkpoint.epochs.json"
     return len(json.loads(progress.read_text())) if progress.exists() else 0
+
+
+@needs_snakemake
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_row_is_collected_with_what_it_asks_for_wherever_it_is_a_member(first, tmp_path):
+    lines = [{"network": "resnet8", "seeds": [0], "measure": ["intact"]}]
+    lines.insert(first, {"network": "resnet8", "seeds": [0], "members": 2, "measure": ["ensemble"]})
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({"toy": {"rows": lines}}))
+    said, _ = snakemake(tmp_path, "toy", "--configfile", other, "--dry-run", "--quiet", "host").communicate(timeout=240)
+    collected = re.findall(r"rule collect:\s+input: (.*)\n\s+output: .*/(\S+)/collected", said)
+    wanted = {name: {Path(path).name for path in paths.split(", ")} for paths, name in collected}
+    assert wanted["resnet8-seed0"] == {"weights.safetensors", "intact.csv"}, said
+    assert wanted["resnet8x2-seed0"] == {"weights.safetensors", "ensemble.csv"}
+    assert len(re.findall(r"^rule train:", said, re.M)) == 2
 
 
 @needs_snakemake

@@ -722,6 +722,20 @@ def test_map_names_a_single_unit_that_was_re_estimated(show):
     assert "Only unit 3 was re-estimated." in status(page)
 
 
+@pytest.mark.parametrize("damage", [66.0, np.nan])
+def test_map_refuses_damage_that_two_bytes_do_not_hold(damage):
+    with pytest.raises(ValueError, match=r"^values of up to (66|nan) do not fit into two bytes: take larger steps"):
+        interactive.damage_map(0, ([1], np.full((500, 1), damage)))
+
+
+def test_map_knows_margins_beyond_every_exponential(monkeypatch):
+    tables = interactive.both("damage")
+    tables["digits"]["loss"] = 800.0
+    monkeypatch.setattr(interactive, "both", lambda name: tables)
+    with np.errstate(over="raise", invalid="raise"), pytest.raises(ValueError, match=r"^values of up to 8\d\d"):
+        interactive.damage_map()
+
+
 def test_map_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="seed 99"):
         interactive.damage_map(99)

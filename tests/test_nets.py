@@ -333,7 +333,7 @@ def test_convolutions_start_as_he_et_al_initialise_them(name):
      "resnet8-wide", "resnet14-post-joint2"],
 )  # fmt: skip
 def test_the_config_rebuilds_the_network(name):
-    chain = build(name, "digits", width=2, classes=3, seed=4)
+    chain = build(name, "digits", classes=3, seed=4, **({} if "wide" in name else {"width": 2}))
     config = dict(chain.config)
     assert config.pop("name") == name
     again = build(name, seed=4, **config)
@@ -371,6 +371,29 @@ def test_build_knows_the_datasets():
     options = build("vgg15", "cifar10", width=2, in_channels=1).config
     assert (options["image_size"], options["width"], options["in_channels"]) == (32, 2, 1)
     assert build("resnet8", "cifar10").config == {"name": "resnet8", "in_channels": 3, "classes": 10, "width": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "meant"),
+    [
+        ("resnet8-wide", {"width": 16}, "'resnet8-wide' means width=40, not 16"),
+        ("resnet8-post", {"preactivation": True}, "'resnet8-post' means preactivation=False, not True"),
+        ("plain8-post", {"preactivation": True}, "'plain8-post' means preactivation=False, not True"),
+        ("resnet8-nobn", {"batch_norm": True}, "'resnet8-nobn' means batch_norm=False, not True"),
+        ("vgg15-nobn", {"batch_norm": True}, "'vgg15-nobn' means batch_norm=False, not True"),
+        ("resnet8-projection", {"shortcut": "pad"}, "means shortcut='projection', not 'pad'"),
+        ("resnet8-wide-joint2", {"width": 2}, "'resnet8-wide' means width=40, not 2"),
+    ],
+)
+def test_an_option_that_contradicts_the_name_is_refused_and_an_equal_one_is_not(name, option, meant):
+    with pytest.raises(ValueError, match=f"{re.escape(meant)}: leave out the option, or the suffix of the name$"):
+        build(name, "digits", **option)
+    ((key, _),) = option.items()
+    value = {"width": 40, "shortcut": "projection"}.get(key, False)
+    same, asked = build(name, "digits", **{key: value}), build(name, "digits")
+    assert same.config == asked.config
+    assert same.config["name"] == name
+    assert repr(same) == repr(asked)
 
 
 def test_options_win_over_what_a_name_leaves_open():

@@ -1,5 +1,7 @@
 """What the figures draw, read back from their axes."""
 
+from itertools import product
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -133,6 +135,41 @@ def test_what_deletions_add_has_no_level_of_the_intact_network():
     assert ax.get_ylabel() == "Δ error (points)"
 
 
+DRAWN = {
+    "seed_lines": (lambda table: plots.seed_lines(table, "unit", "error"), ["unit", "error"], ""),
+    "quantile_fan": (lambda table: plots.quantile_fan(table, "unit", "error"), ["unit", "error"], ""),
+    "single_deletions": (plots.single_deletions, [*deletions()], r"\. Take one of unravelling\.lesion\.delete_each"),
+    "stage_boundaries": (
+        lambda table: plots.stage_boundaries(plt.subplots()[1], table), ["unit", "stage"],
+        r"\. Take one of unravelling\.lesion\.delete_each"),
+    "side_by_side": (
+        lambda table: plots.side_by_side(line, {"digits": table}, rows=["resnet110"]), ["network", "seed", "recipe"],
+        r"\. Take one of unravelling\.stored\.(both|stored)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", DRAWN)
+def test_what_a_table_lacks_is_named_with_what_makes_such_a_table(function):
+    draw, columns, source = DRAWN[function]
+    table = deletions(network="resnet110", seed=0, recipe="digits")
+    draw(table)
+    for column in columns:
+        with pytest.raises(ValueError, match=f"^there is no column '{column}'.* in the table: it has .*{source}$"):
+            draw(table.drop(columns=column))
+    with pytest.raises(TypeError, match="is a list: expected a DataFrame"):
+        draw([1])
+    if function not in ("seed_lines", "side_by_side"):  # which draw nothing, or say so
+        with pytest.raises(ValueError, match=f"^the table has no rows: expected at least one{source}$"):
+            draw(table[:0])
+
+
+def test_single_deletions_draw_what_they_have_a_label_for():
+    with pytest.raises(ValueError, match=r"^value is 'loss': expected one of error, delta_error, delta_loss"):
+        plots.single_deletions(deletions().assign(loss=1.0), value="loss")
+    with pytest.raises(ValueError, match=r"^there is no column 'delta_error_low', 'delta_error_high' in the table"):
+        plots.single_deletions(deletions(), value="delta_error")
+
+
 def test_quantile_fan_draws_the_median_between_two_bands():
     table = pd.DataFrame({"k": 1, "error": np.arange(101) / 100})
     ax = plots.quantile_fan(table, "k", "error", scale=100)
@@ -147,6 +184,9 @@ def test_diagrams_draw_every_path_and_refuse_what_does_not_fit():
     assert lengths == ["length 0"] + ["length 1"] * 3 + ["length 2"] * 3 + ["length 3"]
     with pytest.raises(ValueError, match="64 paths do not fit on a page: draw at most 5 units, not 6"):
         plots.unravelled_diagram(6)
+    for draw, off in product((plots.chain_diagram, plots.unravelled_diagram), ([0], [4], ["2"], 2, "2")):
+        with pytest.raises((TypeError, ValueError), match=r"^off (must be|holds|is)"):
+            draw(3, off=off)
     chain = plots.chain_diagram(3)
     assert [text.get_text() for text in chain.texts].count("+") == 3
     assert [text.get_text() for text in plots.chain_diagram(3, residual=False).texts].count("+") == 0

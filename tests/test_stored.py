@@ -63,6 +63,40 @@ def test_a_broken_table_is_named(project, content):
             call()
 
 
+BEFORE, AFTER = "digits,resnet110,0,digits,0,0.0\n", "digits,resnet110,0,digits,1,0.1\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (f"<<<<<<< HEAD\n{BEFORE}=======\n{AFTER}>>>>>>> a, b, c, d, e\n", "2 has 1 of 6 columns: '<<<<<<< HEAD'"),
+        (f"{BEFORE}=======\n{AFTER}", "3 has 1 of 6 columns: '======='"),
+        (f"{BEFORE}{AFTER}>>>>>>> a, b, c\n", "4 has 3 of 6 columns: '>>>>>>> a, b, c'"),
+        (f"{BEFORE}digits,resnet110,0,digits,1\n", "3 has 5 of 6 columns"),
+        (BEFORE + AFTER[:-1], "3 has no end, so that it may be cut: 'digits,resnet110,0,digits,1,0.1'"),
+        (BEFORE + AFTER[:-9], "3 has no end, so that it may be cut: 'digits,resnet110,0,digi'"),
+    ],
+)
+def test_a_table_that_was_cut_or_holds_a_conflict_is_named_with_its_line(project, content, line):
+    path = project / "data/results/digits/delete_each.csv"
+    path.write_text(f"{','.join(KEYS)},unit,error\n{content}")
+    with pytest.raises(ValueError, match=rf"^{path} is broken \(line {line}.*\): restore it by git, or install"):
+        stored("digits/delete_each")
+
+
+def test_a_header_within_the_table_or_a_seed_that_is_none_is_found(project):
+    path = project / "data/results/digits/delete_each.csv"
+    head = f"{','.join(KEYS)},unit,error\n"
+    for row in (head, BEFORE.replace(",0,", ",,", 1)):
+        path.write_text(head + BEFORE + row)
+        with pytest.raises(ValueError, match=rf"^{path} is broken \(.+\): restore it by git"):
+            stored("digits/delete_each")
+    path.write_bytes((head + BEFORE + AFTER).replace("\n", "\r\n").encode())
+    assert stored("digits/delete_each")["error"].tolist() == [0.0, 0.1], "a clone on Windows"
+    path.write_text(f"{head}\n")
+    assert stored("digits/delete_each").empty, "a blank line is no row"
+
+
 def test_names_that_are_not_stored_are_answered_with_those_that_are(project, tmp_path):
     there = "there are cifar10/delete_each, digits/delete_each$"
     with pytest.raises(FileNotFoundError, match=f"^no stored results 'digits/reorder': {there}"):

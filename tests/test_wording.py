@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from unravelling import wording
-from unravelling.stored import KEYS, both
+from unravelling.stored import KEYS, both, intact_error
 from unravelling.wording import (
     about,
     error,
@@ -49,6 +49,7 @@ def project(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("resnet110", "ResNet-110"), ("plain20", "plain-20"), ("vgg15-nobn", "VGG-15 without batch norm"),
+     ("resnet20-joint6", "ResNet-20 times six, as one"),
      ("resnet20-post", "ResNet-20 of 2015"), ("vgg15-wide", "VGG-15 wide"), ("densenet", "densenet")],
 )
 def test_network_labels(name, expected):
@@ -71,7 +72,7 @@ def test_numbers_have_a_true_minus_sign_and_no_negative_zero():
 
 
 def test_seeds_are_counted_for_each_network_and_recipe():
-    assert seeds(table(("a", 4, "r"), ("a", 4, "r"))) == "seed 4"
+    assert seeds(table(("a", 4, "r"), ("a", 4, "r"))) == seeds(pd.DataFrame({"seed": [4]})) == "seed 4"
     assert seeds(table(("a", 0, "r"), ("a", 1, "r"), ("b", 0, "r"), ("b", 1, "r"))) == "2 seeds"
     assert seeds(table(("a", 0, "r"), ("a", 1, "r"), ("b", 1, "r"))) == "1 to 2 seeds"
     assert seeds(table(("a", 0, "r"), ("a", 1, "s"))) == "1 seed"
@@ -161,6 +162,49 @@ def test_shares_carry_wilsons_interval():
     low, high = (100 * end for end in stats.binomtest(7, 500).proportion_ci(0.95, "wilson"))
     assert share(7, 500) == f"1.4 % (95 % Wilson interval {low:.1f} to {high:.1f})"
     assert share(7, 500, of="digits") == f"1.4 % of 500 digits (95 % Wilson interval {low:.1f} to {high:.1f})"
+
+
+SAID = {
+    seeds: ["network", "seed", "recipe"],
+    one_seed: ["network", "seed", "recipe"],
+    error: ["seed", "test_error", "test_images"],
+    (lambda rows: about("digits", rows)): ["network", "seed", "recipe"],
+    (lambda rows: pending({"digits": rows}, "resnet20")): ["network"],
+    (lambda rows: paragraphs({"digits": rows}, lambda rows: "")): ["network", "seed", "recipe"],
+    intact_error: ["error", "delta_error"],
+}
+
+
+@pytest.mark.parametrize(("say", "columns"), SAID.items())
+def test_what_a_table_lacks_is_named_with_what_makes_such_a_table(say, columns):
+    rows = table(("a", 0, "r"), ("a", 1, "r"), test_error=0.1, test_images=500, error=0.2, delta_error=0.1)
+    say(rows)
+    for column in columns:
+        source = r"Take one of unravelling\.(stored\.stored|stored\.both|lesion\.delete_each)$"
+        with pytest.raises(ValueError, match=rf"^there is no column '{column}' in the table: it has .*\. {source}"):
+            say(rows.drop(columns=column))
+    with pytest.raises(TypeError, match=r"^table is a list: expected a DataFrame"):
+        say([1])
+    if say in (seeds, one_seed, error, intact_error):  # the others have something to say of nothing
+        with pytest.raises(ValueError, match=rf"^the table has no rows: expected at least one\. {source}"):
+            say(rows[:0])
+
+
+@pytest.mark.parametrize("say", [percent, points, over_seeds, span, mean_interval])
+@pytest.mark.parametrize("nothing", [[], pd.Series(dtype=float), np.zeros((0, 2))])
+def test_of_no_values_there_is_nothing_to_say(say, nothing):
+    with pytest.raises(ValueError, match=r"^values is empty: expected at least one member$"):
+        say(nothing)
+
+
+def test_what_would_be_said_wrongly_is_refused():
+    assert over_seeds([0.1, np.nan, 0.1]) == "10.0 % (95 % interval over 2 seeds 10.0 to 10.0)"
+    with pytest.raises(ValueError, match=r"^count is 0\.0865: expected a number of images, not a share of them$"):
+        share(0.0865, 500)
+    assert share(0.0123556 * 45_000, 45_000) == share(556, 45_000)  # as an error is stored
+    rows = table(("a", 0, "r"), ("b", 0, "r"), test_error=0.1, test_images=500)
+    with pytest.raises(ValueError, match=r"^several rows of the table have one seed: choose those of one network and"):
+        error(rows)
 
 
 def test_errors_are_over_seeds_or_over_images():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from .chain import check_kind
+from .chain import FLAG, check_kind
 from .data import Dataset, Split
 
 Batches = Iterable[Any]
@@ -105,10 +105,10 @@ def named_failure(x: Any, what: str = "the network cannot take x, inputs") -> It
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError) as error:
         tensors = (leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{what} of shape {shapes or '()'}: {reason}") from error
 
 
@@ -117,8 +117,7 @@ def inputs_and_labels(chain: nn.Module, batch: Any, *, labels: bool = True) -> t
 
     Args:
         chain: the network. Where its stem has ``shift_labels``, since it was made from a model for causal language
-            modelling, the labels in a dict are the tokens themselves and are shifted by one, as the model's own loss
-            does.
+            modelling, the labels in a dict are the tokens themselves, shifted by one, as by the model's own loss.
         batch: a pair of inputs and labels, or a dict of inputs with ``labels`` or ``label``.
         labels: whether there must be labels; without, None stands for them, and inputs may come alone.
 
@@ -126,6 +125,7 @@ def inputs_and_labels(chain: nn.Module, batch: Any, *, labels: bool = True) -> t
         TypeError, ValueError: a dict has no labels, or something else is no pair; or inputs are no tensors, none, not
             as many as the labels, or hold NaN.
     """
+    check_kind(*FLAG, labels=labels)
     several, x, y = isinstance(batch, (tuple, list)), batch, None
     if isinstance(batch, Mapping):
         x = {key: value for key, value in batch.items() if key not in LABELS}
@@ -166,8 +166,7 @@ def iterate(chain: nn.Module, data: Split | Batches, *, labels: bool = True) -> 
 
     Args:
         chain: the network.
-        data: a split, which is cut into batches of 500; a loader or a list of batches; or one batch, that is a pair
-            (tuple or list) or a dict.
+        data: a split, cut into batches of 500; a loader or a list of batches; or one, a pair (tuple or list) or a dict.
         labels: as in `inputs_and_labels`.
 
     Raises:

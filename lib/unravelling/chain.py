@@ -10,7 +10,10 @@ from numbers import Integral, Real
 from operator import mul
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor, nn
+
+FLAG = (bool, np.bool_), "True or False"  # for check_kind: as an option, any text would count as True
 
 
 def check_number(least: int | None = 0, /, **number: Any) -> int:
@@ -122,6 +125,7 @@ class Unit(nn.Module):
         self.name = name
         self.stage = stage
         self.is_transition = _changes_shape(self.skip) if transition is None else transition
+        check_kind(*FLAG, residual=residual, transition=self.is_transition)
         self.is_changed = False  # made from another unit, by deleting its branch or putting another in its place
 
     @property

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .chain import check_kind, check_number
+from .chain import FLAG, check_kind, check_number
 
 SPLITS = ("train", "test")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -151,6 +151,7 @@ class Dataset:
 def augment(images: Tensor, generator: torch.Generator, *, crop: int = 0, flip: bool = False) -> Tensor:
     """Return images ``(B, C, H, W)`` shifted by up to ``crop`` pixels each way over zeros, half of them mirrored."""
     _check_tensor("images", images, torch.uint8, "BCHW")
+    check_kind(*FLAG, flip=flip)
     b, _, h, w = images.shape
     if crop := check_number(crop=crop):
         top, left = torch.randint(2 * crop + 1, (2, b, 1), generator=generator)
@@ -219,11 +220,11 @@ def cifar10(
         ValueError: classes or images are missing, or there are more; or one cannot be decoded, or is no plain file.
         OSError: the cache could not be written.
     """
+    check_kind(*FLAG, download=download)
     root = os.environ.get("UNRAVELLING_DATA") if root is None else root
     if root is None:
-        raise FileNotFoundError(
-            "where is CIFAR-10? Pass cifar10(root) or set UNRAVELLING_DATA; cifar10(root, download=True) fetches it"
-        )
+        ways = "Pass cifar10(root) or set UNRAVELLING_DATA; cifar10(root, download=True) fetches it"
+        raise FileNotFoundError(f"where is CIFAR-10? {ways}")
     if not isinstance(per_class, (tuple, list)) or len(per_class) != 2:
         raise ValueError(f"per_class {per_class!r} must be two numbers, of images to train on and to test on")
     check_number(2, per_class=per_class[0])
@@ -262,10 +263,8 @@ def _find_images(root: Path) -> Path:
     archives = [path for path in (root, *root.glob("*.tar.xz")) if path.name.endswith(".tar.xz") and path.is_file()]
     if len(archives) == 1:
         return archives[0]
-    raise FileNotFoundError(
-        f"no CIFAR-10 at {root}: expected cifar-10-batches-py/, or train/<class>/* and test/<class>/*, or one .tar.xz "
-        "of these; cifar10(root, download=True) fetches the first"
-    )
+    what = "cifar-10-batches-py/, or train/<class>/* and test/<class>/*, or one .tar.xz of these"
+    raise FileNotFoundError(f"no CIFAR-10 at {root}: expected {what}; cifar10(root, download=True) fetches the first")
 
 
 class _Member(tarfile.TarInfo):

@@ -14,8 +14,7 @@ that make it residual (`unravelling.tracing`).
     def _(block: MyBlock):
         return [Unit(branch=nn.Sequential(block.norm, block.mlp))]
 
-*By hand.* ``units="layers.*"`` names the modules that are the blocks; ``branch`` says what each computes beside its
-skip, or the graph does.
+*By hand.* ``units="layers.*"`` names the blocks; ``branch``, or the graph, says what each computes beside its skip.
 
 What comes before the first unit is the stem, what follows the last is the head, and what lies between two units belongs
 to one of them. A chain holds the model's own layers, so it shares their mode, too: ``chain.train()`` and
@@ -41,18 +40,10 @@ from torch.nn.parameter import is_lazy
 
 from .batches import move, named_failure
 from .chain import Chain, Change, Unit, check_kind
+from .tracing import trace
 from .tracing.parts import Maker, Origin, make_parts, number
 from .tracing.reading import NotABlock, read
-from .tracing.trace import (
-    Unsupported,
-    arguments,
-    call,
-    dense_copies,
-    preserved,
-    refuse_hooks,
-    trace_by_export,
-    trace_symbolically,
-)
+from .tracing.trace import Unsupported, call, preserved
 from .verify import refuse_changing, refuse_unequal, verify
 
 Function = Callable[[Any, Tensor], Tensor]
@@ -135,8 +126,7 @@ def unravel(
             name of an attribute. When None, the block's class or its graph tells.
         skip: with ``branch``, the shortcut, likewise; the identity when None.
         post: with ``branch``, what follows the sum, likewise; nothing when None.
-        stream: name of the input that the stream starts at, where the model takes several; what gives the most units
-            when None.
+        stream: the input at which the stream starts, where there are several; what gives the most units when None.
 
     Returns:
         A chain with a method ``verify``.
@@ -149,10 +139,8 @@ def unravel(
         model = cast("nn.Module", getattr(model, "_orig_mod", None) or model.module)  # in torch.compile, or a wrapper
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or "eval" in vars(module):  # which exported ones refuse
-            raise Unsupported(
-                f"{name or 'this model'} is a TorchScript program, or one of torch.export, whose modules are gone: use "
-                "what it was made from"
-            )
+            what = f"{name or 'this model'} is a TorchScript program, or one of torch.export, whose modules are gone"
+            raise Unsupported(f"{what}: use what it was made from")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor) or (tensor.is_meta and x is not None):
             what = "has no shape yet: call the model once" if is_lazy(tensor) else "is on the device meta: load values"
@@ -164,10 +152,8 @@ def unravel(
     if branch is not None and units is None:
         raise ValueError('a branch belongs to named units: give units, too, such as units="layers.*"')
     if any(module.training for module in model.modules()):
-        warnings.warn(
-            "the model is in training mode: it is read as it computes in eval mode. Call model.eval() first",
-            stacklevel=2,
-        )
+        remark = "the model is in training mode: it is read as it computes in eval mode. Call model.eval() first"
+        warnings.warn(remark, stacklevel=2)
     x = move(x, model)
     with preserved(model, weights=True), torch.enable_grad():
         by_hand = None if units is None else _named(model, units)
@@ -175,7 +161,7 @@ def unravel(
             makers: dict[str, Maker] = dict.fromkeys(by_hand or (), lambda block: [_unit(block, branch, skip, post)])
         else:
             makers = _registered(model, by_hand)
-        refuse_hooks(model, layers=False)
+        trace.refuse_hooks(model, layers=False)
         known = (None, []) if x is None else _outputs(model, x)
     with preserved(model), torch.enable_grad():
         chain, remarks = _first_right_chain(model, x, known, makers, by_hand, stream)
@@ -227,16 +213,14 @@ def _registered(model: nn.Module, only: Sequence[str] | None) -> dict[str, Maker
 
 def _outputs(model: nn.Module, x: Any) -> tuple[Tensor, list[str]]:
     """Return a model's logits, and remarks; refuse one that is called wrongly or is no function of its input."""
-    args, kwargs = arguments(x)
+    args, kwargs = trace.arguments(x)
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         names = ", ".join(inspect.signature(model.forward).parameters)
-        raise Unsupported(
-            f"the forward of {type(model).__name__} takes several inputs ({names}): {error}. Give an example of them "
-            "all, as a tuple or as a dict"
-        ) from error
-    before, drawn = dense_copies(model.named_buffers()), torch.get_rng_state()
+        what = f"the forward of {type(model).__name__} takes several inputs ({names}): {error}"
+        raise Unsupported(f"{what}. Give an example of them all, as a tuple or as a dict") from error
+    before, drawn = trace.dense_copies(model.named_buffers()), torch.get_rng_state()
     attributes = lambda: [{name: id(v) for name, v in vars(m).items()} for m in model.modules()]  # noqa: E731
     kept = attributes()  # numbers that are not given anew meanwhile, as `preserved` holds what they stand for
     with torch.no_grad(), named_failure(x, "the model cannot take x, the example"):
@@ -278,10 +262,10 @@ def _first_right_chain(
                 with preserved(model), warnings.catch_warnings():  # a forward may leave proxies in its module
                     warnings.simplefilter("ignore")  # of torch and of the model, which are theirs to give in a pass
                     if ways[0] == "torch.fx":
-                        traced = trace_symbolically(model, x, map(model.get_submodule, makers))
+                        traced = trace.trace_symbolically(model, x, map(model.get_submodule, makers))
                     else:
-                        refuse_hooks(model, layers=True)
-                        traced = trace_by_export(model, x)
+                        trace.refuse_hooks(model, layers=True)
+                        traced = trace.trace_by_export(model, x)
                 reading, stretches, found, notes = read(model, traced, makers, by_hand, stream)
                 chain = Unravelled(*make_parts(model, x, reading, stretches, makers))
                 chain.notes = [*chain.notes, *notes]
@@ -301,8 +285,7 @@ def _first_right_chain(
     kinds = {parameter.kind.name for parameter in inspect.signature(model.forward).parameters.values()}
     if named := not kinds & {"VAR_POSITIONAL", "VAR_KEYWORD"}:  # others only torch.export traces, and looks into blocks
         hint += " If that happens within its blocks, register their class with block_units: those are not looked into."
-    raise Unsupported(
-        f"{type(model).__name__} cannot be traced: its control flow depends on the data, or it leaves PyTorch "
-        f"({'; '.join(failures)}).{hint} {'Otherwise write' if named else 'Write'} a wrapper whose forward, with named "
-        "arguments, calls stem, blocks and head in turn"
-    )
+    why = f"its control flow depends on the data, or it leaves PyTorch ({'; '.join(failures)})"
+    remedy = "a wrapper whose forward, with named arguments, calls stem, blocks and head in turn"
+    hint += f" {'Otherwise write' if named else 'Write'} {remedy}"
+    raise Unsupported(f"{type(model).__name__} cannot be traced: {why}.{hint}")

@@ -35,9 +35,7 @@ KINDS = ("mean", "resample", "noise", "added noise")
 
 
 def _parts(chain: Chain, variants: Variants) -> tuple[list[Unit], list[list[int]], bool]:
-    """Return the different units of the variants, every variant as their numbers in this list, and whether several
-    variants have a unit of the caller's own: that may mix images, for all one knows.
-    """
+    """Return the variants' units, each variant as their numbers, and whether several have one of the caller's own."""
     check_chain(chain)
     parts, numbers, several = [], {}, listed(variants=variants)
     try:
@@ -102,7 +100,7 @@ def _results(
 ) -> Iterator[tuple[list[Any], Any]]:
     """Yield for each batch what ``result`` makes of every variant's logits and the labels, and the labels."""
     parts, numbered, shared = _parts(chain, variants)
-    max_memory = 0 if check_number(max_memory=max_memory) and shared else max_memory
+    max_memory = 0 if check_number(max_memory=max_memory) and shared else max_memory  # one's own unit may mix images
     if not any(dtype is kind for kind in (None, torch.bfloat16, torch.float16)):
         raise TypeError(f"dtype is {dtype!r}: expected torch.bfloat16 or torch.float16, or None for the chain's own")
     for x, y in iterate(chain, data):
@@ -155,10 +153,8 @@ def evaluate_variants(
 
     Raises ValueError where a unit cannot be deleted, and IndexError where there is none.
     """
-    batches = [
-        [torch.stack(scores).numpy() for scores in zip(*found, strict=True)]
-        for found, _ in _results(chain, data, variants, lambda out, y: _score_batch(out, y, loss), **options)
-    ]
+    results = _results(chain, data, variants, lambda out, y: _score_batch(out, y, loss), **options)
+    batches = [[torch.stack(scores).numpy() for scores in zip(*found, strict=True)] for found, _ in results]
     wrong, values, counts = (np.concatenate(scores, 1) for scores in zip(*batches, strict=True))
     if loss is None and (bad := np.isnan(values).any(1)).any():
         raise ValueError(f"logits are NaN: look for NaN in weights, statistics and inputs of variant {bad.argmax()}")
@@ -502,10 +498,9 @@ def reestimate_batch_norm(chain: Chain, batches: Split | Batches) -> Chain:
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     baked = [node.name for node in nodes if "batch_norm" in str(node.target)]
     if baked:
-        raise ValueError(
-            f"the traced model calls batch norm as a function ({baked[0]}), whose statistics cannot be estimated anew: "
-            "register its blocks with block_units, so that their layers are kept"
-        )
+        remedy = "register its blocks with block_units, so that their layers are kept"
+        what = f"the traced model calls batch norm as a function ({baked[0]})"
+        raise ValueError(f"{what}, whose statistics cannot be estimated anew: {remedy}")
     chain = copy.deepcopy(chain).eval()
     norms = [module for module in chain.modules() if isinstance(module, _BatchNorm)]
     for module in norms:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, NoSkip, Unit, check_number
+from .chain import FLAG, Chain, NoSkip, Unit, check_kind, check_number
 
 SHAPES = {"digits": (1, 8), "cifar10": (3, 32)}
 """Channels and side length in pixels of the images of each dataset."""
@@ -72,6 +72,7 @@ def resnet(
         raise ValueError(f"depth {depth} is not 6n + 2: use a depth such as 8, 20, 56 or 110 (nearest: {near})")
     if shortcut not in ("pad", "projection"):
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
+    check_kind(*FLAG, preactivation=preactivation, batch_norm=batch_norm)
     if not (batch_norm or preactivation):
         raise ValueError("without batch norm there is the pre-activation form alone: leave out preactivation=False")
     with _seeded(seed, in_channels=in_channels, classes=classes, width=width):
@@ -146,6 +147,7 @@ def vgg(
     """
     if depth != 15:
         raise ValueError(f"there is no vgg({depth}) here: use vgg(15), the one that Veit et al. compare with")
+    check_kind(*FLAG, batch_norm=batch_norm)
     with _seeded(seed, in_channels=in_channels, classes=classes, width=width, image_size=image_size):
         units, channels, size = [], in_channels, image_size
         for stage, layers in enumerate((2, 2, 3, 3, 3), start=1):
@@ -215,7 +217,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         options: passed to `resnet`, `plain` or `vgg`, over those of the dataset.
 
     Raises:
-        ValueError: no such network or dataset.
+        ValueError: no such network or dataset, or an option contradicts the name.
     """
     if joint := re.fullmatch(r"(.+)-joint([1-9]\d?)", str(name)):
         members = [build(joint[1], dataset, seed=seed * int(joint[2]) + i, **options) for i in range(int(joint[2]))]
@@ -236,7 +238,10 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         options = {"in_channels": channels} | vgg_only | options
     kinds: dict[str, tuple[str, Any]] = {"post": ("preactivation", False), "projection": ("shortcut", "projection")}
     kinds |= {"nobn": ("batch_norm", False), "wide": ("width", 40)}
-    options |= dict(kinds[suffix] for suffix in suffixes)
+    for key, meant in (kinds[suffix] for suffix in suffixes):
+        if options.setdefault(key, meant) != meant:
+            what = f"{name!r} means {key}={meant!r}, not {options[key]!r}"
+            raise ValueError(f"{what}: leave out the option, or the suffix of the name")
     make: dict[str, Callable[..., Chain]] = {"resnet": resnet, "plain": plain, "vgg": vgg}
     chain = make[family](depth, seed=seed, **options)
     if "wide" in suffixes and chain.config:

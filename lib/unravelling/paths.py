@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import IGNORED, NOTHING, can_stack, check_labels, class_last, device_of, inputs_and_labels, named_failure
-from .chain import Chain, Unit, check_chain, check_kind, check_number, listed
+from .chain import FLAG, Chain, Unit, check_chain, check_kind, check_number, listed
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -74,7 +74,7 @@ def gradient_norms(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entro
             for unit in chain.units:
                 states.append(unit(states[-1]))
             logits = chain.head(states[-1])
-        gradients = grad(_scalar(loss, logits, y), states)
+        gradients = _gradients(loss, logits, y, states)
     return pd.DataFrame([{"state": i, "gradient_norm": _double(g).norm().item()} for i, g in enumerate(gradients)])
 
 
@@ -168,6 +168,7 @@ def spectrum(gradients: Tensor, *, per_sample: bool = False) -> pd.DataFrame:
         TypeError, ValueError: ``gradients`` is no tensor, has fewer than two dimensions, or is not finite.
     """
     check_kind(Tensor, "the tensor from gradient_by_length", gradients=gradients)
+    check_kind(*FLAG, per_sample=per_sample)
     if gradients.dim() < 2 or not gradients.numel() or not gradients.isfinite().all():
         shape = tuple(gradients.shape)
         raise ValueError(f"gradients has shape {shape}, or holds NaN or inf: expected (n + 1, B, …)")
@@ -207,8 +208,7 @@ def weight_spectrum(
     branches = [unit.branch for unit in check_chain(chain).units if unit.branch is not None]
     weights = [id(weight) for branch in branches for weight in branch.parameters()]
     if not weights or len(set(weights)) < len(weights):
-        shared = "two branches share weights, which lie on several paths at once"
-        reason = shared if weights else "no branch has weights"
+        reason = "two branches share weights, which lie on several ways at once" if weights else "no branch has weights"
         raise ValueError(f"{reason}: the gradient at the weights cannot be split by unit")
     rows = []
     with _as_found(chain, batch_statistics):
@@ -267,8 +267,7 @@ def mean_length(chain: Chain, x: Any, y: Any = None, loss: Loss = cross_entropy)
     """Return every image's mean path length Σ k ⟨g, G_k⟩ / ‖g‖², weighted by the signed shares of the gradient at y_0.
 
     With G(t) = Σ t^k G_k it is ⟨g, dG/dt⟩ / ‖g‖² = d log ‖G(t)‖ / d log t at t = 1: the elasticity of the gradient's
-    norm to a common gain of all branches, states held fixed. The derivative follows from two vector-Jacobian products
-    of every branch.
+    norm to a common gain of all branches, states held fixed. It takes two vector-Jacobian products of every branch.
 
     Args:
         chain: the network, in eval mode.
@@ -453,7 +452,7 @@ def _descent(
     with _nothing_random(device_of(chain)), named_failure(x):
         last = states[-1].detach().requires_grad_()  # not in place: it may be the caller's x
         logits = chain.head(last)
-    top = grad(_scalar(loss, logits, y), last)[0]
+    (top,) = _gradients(loss, logits, y, [last])
     n, images = len(chain), len(y) if isinstance(y, Tensor) and y.dim() else 0
     stacking = not batch_statistics and all(can_stack(chain, images, state) for state in states)
     copies = [min(n - i, most // state.nbytes) if stacking else 1 for i, state in enumerate(states[:-1])]
@@ -477,16 +476,22 @@ def _inputs(chain: Chain, x: Any, y: Any, loss: Loss) -> tuple[Any, Any]:
     return inputs_and_labels(check_chain(chain), x if y is None else (x, y))
 
 
-def _scalar(loss: Loss, logits: Tensor, y: Any) -> Tensor:
-    value = loss(logits, y)
+def _gradients(loss: Loss, logits: Tensor, y: Any, states: list[Tensor]) -> list[Tensor]:
+    """Return the gradients of the loss at some states, of which the last is what the head takes."""
+    named = named_failure((logits, y), "the loss cannot take logits and labels")
+    with nullcontext() if loss is cross_entropy else named:  # cross_entropy says itself what does not fit
+        value = loss(logits, y)
     if not isinstance(value, Tensor) or not value.requires_grad:
         kind = type(value).__name__
         raise TypeError(f"the loss is a {kind} without a gradient: compute it from the logits, in torch")
-    if value.numel() != 1:
-        raise ValueError(f"the loss must be a scalar, but has shape {tuple(value.shape)}: average or sum it")
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"the loss must be a real scalar, not {(*value.shape,)} of {value.dtype}: average or sum it")
     if not value.isfinite():
         raise ValueError("the loss is NaN or infinite: look for NaN in the network's weights, or logits that overflow")
-    return value
+    found = grad(value, states, allow_unused=True)
+    if found[-1] is None:
+        raise ValueError("the loss has no gradient at the logits: compute it from them, in torch, without detach")
+    return [torch.zeros_like(state) if g is None else g for g, state in zip(found, states, strict=True)]
 
 
 def _choices(chain: Chain) -> tuple[list[int], list[int]]:
@@ -514,14 +519,13 @@ def _to_pixels(chain: Chain, batch: Any, gradients: Tensor) -> Tensor:
         raise ValueError('the input holds no numbers to take a gradient at: use at="stem", the first unit\'s input')
     x = x.detach().requires_grad_()
     y_0 = chain.stem(x)
-    if y_0 is x:
-        return gradients
-    return torch.stack([grad(y_0, x, g, retain_graph=True)[0] for g in gradients])
+    return gradients if y_0 is x else torch.stack([grad(y_0, x, g, retain_graph=True)[0] for g in gradients])
 
 
 @contextmanager
 def _as_found(chain: Chain, batch_statistics: bool = False) -> Iterator[None]:
     """Give buffers and modes back after a ``with`` block, where batch norm may have to take the batch's statistics."""
+    check_kind(*FLAG, batch_statistics=batch_statistics)
     modes = [(part, part.training) for part in check_chain(chain).modules()]
     changing = batch_statistics or any(training for _, training in modes)
     buffers = [(buffer, buffer.clone()) for buffer in chain.buffers()] if changing else []
@@ -549,7 +553,5 @@ def _nothing_random(device: torch.device) -> Iterator[None]:
     for (module, where), state in zip(sources, before, strict=True):
         module.set_rng_state(state, *where)
     if not all(map(torch.equal, before, after)):
-        raise ValueError(
-            "the network draws random numbers, as dropout and stochastic depth do in training mode, in which no two "
-            "passes are the same: call chain.eval() first"
-        )
+        what = "random numbers, as dropout and stochastic depth do in training mode"
+        raise ValueError(f"the network draws {what}, in which no two passes are the same: call chain.eval() first")

@@ -1,8 +1,7 @@
 """One function for each kind of figure: a table goes in, the Axes come out. Nothing is read, computed or said here.
 
-Needs the optional matplotlib and seaborn. Figures are 5 inches wide and have no type below 10 points, so that they can
-be read on a telephone, and have a white background, so that they can be read in dark mode. Functions draw on ``ax``,
-or on new axes when it is None.
+Needs the optional matplotlib and seaborn. Figures are 5 inches wide with no type below 10 points, to be read on a
+telephone, on a white background, to be read in dark mode. Functions draw on ``ax``, or on new axes when it is None.
 """
 
 from __future__ import annotations
@@ -21,12 +20,14 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from .stats import seed_band
+from .chain import FLAG, check_kind, check_number
+from .stats import check_table, seed_band
 from .stored import intact_error
 from .wording import about, network_label
 
 WIDTH = 5.0  # inches
 _BLUE, _ORANGE, _GREEN, _, _, _, _, _GREY, *_ = sns.color_palette("colorblind")
+DELETIONS = "unravelling.lesion.delete_each"
 FAMILIES = {"resnet": _BLUE, "plain": _ORANGE, "vgg": _GREEN}
 
 
@@ -71,6 +72,8 @@ def seed_lines(
         log: average the logarithms, which gives the geometric mean, on a logarithmic axis; zeros are left out.
         style: passed to ``Axes.plot``, such as ``label`` and ``color``.
     """
+    check_kind(*FLAG, log=log)
+    check_table(table, [x, value], least=0)
     ax = _axes(ax, x=table[x])
     if log:
         table = table[table[value] > 0].assign(**{value: lambda t: np.log(t[value])})
@@ -113,6 +116,7 @@ def side_by_side(
     shape = (max(len(rows), 1), len(tables))
     fig, axes = plt.subplots(*shape, figsize=(WIDTH, height * shape[0]), squeeze=False, sharey=True)
     for (line, network), (column, (dataset, table)) in product(enumerate(rows or [""]), enumerate(tables.items())):
+        check_table(table, ["network"] if network else [], "unravelling.stored.both", least=0)
         ax = axes[line, column]
         chosen = table[table["network"] == network] if network else table
         draw(chosen, ax) if len(chosen) else not_measured(ax)
@@ -143,6 +147,10 @@ def single_deletions(
         chance: as in `levels`.
         color: of the points; that of the network's family when None.
     """
+    labels = {"error": "test error (%)", "delta_error": "Δ error (points)", "delta_loss": "Δ loss (nats)"}
+    if value not in labels:
+        raise ValueError(f"value is {value!r:.80}: expected one of {', '.join(labels)}")
+    check_table(table, ["unit", "stage", "is_transition", value, f"{value}_low", f"{value}_high"], DELETIONS)
     ax = _axes(ax, x=table["unit"])
     color = color or (family_color(table["network"].iloc[0]) if "network" in table else _BLUE)
     scale = 1 if value.endswith("loss") else 100
@@ -156,7 +164,6 @@ def single_deletions(
         ax.plot(some["unit"], scale * some["middle"], color=color, ls="", clip_on=False, zorder=3, **style)
     levels(ax, intact=intact_error(table) if value == "error" else None, chance=chance, color=color)
     stage_boundaries(ax, table)
-    labels = {"error": "test error (%)", "delta_error": "Δ error (points)", "delta_loss": "Δ loss (nats)"}
     ax.set(xlabel="deleted unit", ylabel=labels[value])
     if value == "error":
         ax.set_ylim(0, 100)
@@ -175,6 +182,7 @@ def quantile_fan(
         color: of line and bands.
         label: for the legend.
     """
+    check_table(table, [x, value])
     ax = _axes(ax, x=table[x])
     q = scale * table.groupby(x)[value].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
     _band(ax, q, color, 0.15)
@@ -185,6 +193,7 @@ def quantile_fan(
 
 def stage_boundaries(ax: Axes, table: pd.DataFrame) -> Axes:
     """Mark with thin vertical lines where the stages of a table of `unravelling.lesion.delete_each` begin."""
+    check_table(table, ["unit", "stage"], DELETIONS)
     for unit in table.groupby("stage")["unit"].min().to_numpy()[1:]:
         ax.axvline(unit - 0.5, color="0.8", lw=1, zorder=0)
     ax.set_xlim(-1, np.max(table["unit"]) + 1)
@@ -199,7 +208,8 @@ def chain_diagram(n: int = 3, *, off: Iterable[int] = (), residual: bool = True,
         off: units whose branch is switched off; without skips nothing passes them.
         residual: whether there are skips.
     """
-    ax, off = _axes(ax, 1.6), set(off)
+    check_kind(*FLAG, residual=residual)
+    ax, off = _axes(ax, 1.6), _those_off(n, off)
     middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 13}
     ax.text(-0.15, 0, "$y_0$", **middle | {"ha": "right"})
     cut = False  # in a plain chain nothing arrives behind the first unit that is off
@@ -234,9 +244,9 @@ def unravelled_diagram(n: int = 3, *, off: Iterable[int] = (), ax: Axes | None =
         n: number of units, at most 5.
         off: units whose branch is switched off; the paths through them are drawn dead.
     """
-    if n > 5:
+    if check_number(1, n=n) > 5:
         raise ValueError(f"{2**n} paths do not fit on a page: draw at most 5 units, not {n}")
-    ax, off = _axes(ax, 0.42 * 2**n + 0.3), set(off)
+    ax, off = _axes(ax, 0.42 * 2**n + 0.3), _those_off(n, off)
     paths = sorted(product((0, 1), repeat=n), key=lambda bits: (sum(bits), bits[::-1]))
     for row, bits in enumerate(paths):
         y, taken = -0.62 * row, [i for i in range(1, n + 1) if bits[i - 1]]
@@ -249,6 +259,14 @@ def unravelled_diagram(n: int = 3, *, off: Iterable[int] = (), ax: Axes | None =
     ax.set(xlim=(-1.2, 2 * n + 2), ylim=(-0.62 * len(paths) + 0.2, 0.4))
     ax.axis("off")
     return ax
+
+
+def _those_off(n: int, off: Iterable[int]) -> set[int]:
+    check_kind(Iterable, "several units, such as [2]", off=off)
+    units = {check_number(1, off=unit) for unit in off}
+    if missing := units - {*range(1, check_number(1, n=n) + 1)}:
+        raise ValueError(f"off holds {max(missing)}: the units of this diagram are 1 to {n}")
+    return units
 
 
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], dead: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -83,9 +84,22 @@ def paired_bootstrap(difference: np.ndarray, resamples: int = 1000, seed: int = 
         raise ValueError(f"difference has shape {difference.shape}: expected at least one value, (…, images)")
     images = difference.shape[-1]
     weights = random.multinomial(images, np.full(images, 1 / images), resamples) / images
-    means = difference @ weights.T
-    low, high = np.quantile(means, [0.025, 0.975], axis=-1)
+    low, high = np.quantile(difference @ weights.T, [0.025, 0.975], axis=-1)
     return low, high
+
+
+def check_table(table: Any, columns: Sequence[Any], source: str = "", *, least: int = 1) -> None:
+    """Raise TypeError or ValueError unless a table has some columns, and rows, of which there are ``least``.
+
+    The message names what is missing, what there is, and the function that such tables come from, the ``source``.
+    """
+    check_kind(pd.DataFrame, "a DataFrame", table=table)
+    hint = f". Take one of {source}" if source else ""
+    if missing := [name for name in columns if not isinstance(name, Hashable) or name not in table.columns]:
+        names, there = ", ".join(f"{name!r:.80}" for name in missing), ", ".join(map(str, table)) or "none"
+        raise ValueError(f"there is no column {names} in the table: it has {there}{hint}")
+    if len(table) < least:
+        raise ValueError(f"the table has no rows: expected at least one{hint}")
 
 
 def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str) -> pd.DataFrame:
@@ -97,20 +111,16 @@ def seed_band(table: pd.DataFrame, by: str | Sequence[str], value: str) -> pd.Da
         value: column to average.
 
     Returns:
-        The columns of ``by``, then ``mean``, ``seeds``, ``low`` and ``high``; the ends are NaN for a single seed.
-        Missing values are no seeds.
+        The columns of ``by``, then ``mean``, ``seeds`` (no missing values), ``low`` and ``high``, NaN for one seed.
 
     Raises TypeError or ValueError where the table lacks a column, or ``value`` holds no numbers.
     """
     from scipy.stats import t
 
-    check_kind(pd.DataFrame, "a DataFrame", table=table)
     columns = [by] if isinstance(by, str) else list(by) if isinstance(by, Sequence) else []
     if not columns:
         raise TypeError(f"by is {by!r:.80}: expected a column or several")
-    for name in [*columns, value]:
-        if not isinstance(name, Hashable) or name not in table.columns:
-            raise ValueError(f"there is no column {name!r:.80} in the table: it has {', '.join(map(str, table))}")
+    check_table(table, [*columns, value], least=0)
     _numbers(f"the column {value}", table[value])
     groups = table.groupby(columns, sort=False, dropna=False)[value]
     band = groups.agg(mean="mean", std="std", seeds="count").reset_index()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pandas as pd
+
+from .stats import check_table
 
 KEYS = ["dataset", "network", "seed", "recipe"]
 """Columns that tell the rows of a table apart."""
@@ -34,8 +37,7 @@ def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = 
     Args:
         name: data set and quantity.
         folder: that holds ``<dataset>/<quantity>.csv``; the project's ``data/results`` when None.
-        recipe: rows of networks trained by this recipe; by the ordinary one of the data set when ``"default"``, by any
-            when None.
+        recipe: by which the networks were trained; the ordinary one of the data set when ``"default"``, any when None.
 
     Raises FileNotFoundError where nothing is stored under this name, and ValueError where the file is broken.
     """
@@ -45,12 +47,25 @@ def stored(name: str, folder: str | Path | None = None, *, recipe: str | None = 
         there = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.csv"))
         raise FileNotFoundError(f"no stored results {name!r}: there are {', '.join(there) or 'none'}")
     try:
-        table = pd.read_csv(path)
+        _check_rows(path)
+        table = pd.read_csv(path, dtype={"seed": int})
         table[KEYS]  # which all have
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, csv.Error) as error:
         raise ValueError(f"{path} is broken ({error}): restore it by git, or install the library anew") from error
     recipe = DEFAULT_RECIPES.get(name.split("/")[0]) if recipe == "default" else recipe
     return table if recipe is None else table[table["recipe"] == recipe].reset_index(drop=True)
+
+
+def _check_rows(path: Path) -> None:
+    """Raise ValueError for a row that was cut, or that git left in a merge: pandas would fill up what it lacks."""
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    if rest:
+        raise ValueError(f"line {len(lines) + 1} has no end, so that it may be cut: {rest!r:.40}")
+    rows = csv.reader(lines, strict=True)
+    width = len(next(rows, []))
+    for row in rows:
+        if len(row) not in (0, width):
+            raise ValueError(f"line {rows.line_num} has {len(row)} of {width} columns: {','.join(row)!r:.40}")
 
 
 def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[str, pd.DataFrame]:
@@ -71,4 +86,5 @@ def both(quantity: str, *networks: str, recipe: str | None = "default") -> dict[
 
 def intact_error(table: pd.DataFrame) -> float:
     """Return the mean error, as a fraction, of a lesion table's networks before any lesion."""
+    check_table(table, ["error", "delta_error"], "unravelling.lesion.delete_each")
     return (table["error"] - table["delta_error"]).mean()

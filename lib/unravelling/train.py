@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from .batches import NOTHING, Batches, class_last, device_of, eval_mode, iterate, move, named_failure, scores
-from .chain import Chain, check_chain, check_kind, check_number
+from .chain import FLAG, Chain, check_chain, check_kind, check_number
 from .data import Dataset, Split, check_path, checksum, write_atomically
 
 
@@ -40,8 +40,7 @@ class Recipe:
         bagged: whether the training images are drawn anew with replacement, once, by the seed (Breiman, 1996).
         survival: probability with which the last unit's branch takes part in a step, falling to it linearly from 1
             (stochastic depth, Huang et al., 2016); all branches always do when None.
-        active: how many branches take part in each step, chosen at random among all units (Veit et al., 2016,
-            section 5, train on 23 of 54).
+        active: how many branches take part in a step, chosen at random (Veit et al., 2016, section 5: 23 of 54).
         rescale: whether a branch that takes part is divided by its probability to do so. If not, branches must be
             multiplied by it at test time, as Huang et al. do: `as_tested` does that.
         precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 autocast where the device is faster in it.
@@ -104,27 +103,21 @@ class Recipe:
         return self.lr * 0.5 * (1 - math.cos(math.pi * phase))
 
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("digits", epochs=20, batch_size=64, crop=1),
-        Recipe("short", epochs=20, lr=0.2, nesterov=True, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
-        Recipe("paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True),
-    )
-}
+_RECIPES = [
+    Recipe("digits", epochs=20, batch_size=64, crop=1),
+    Recipe("short", epochs=20, lr=0.2, nesterov=True, weight_decay=5e-4, crop=4, flip=True, precision="auto"),
+    Recipe("paper", iterations=64_000, schedule="steps", milestones=(0.5, 0.75), warmup=400, crop=4, flip=True),
+]
+RECIPES = {recipe.name: recipe for recipe in _RECIPES}
 """Recipes by name.
 
 ``digits``: half a minute a network. ``short``: CIFAR-10 in 20 epochs, half a day of a CPU core for ResNet-110.
 ``paper``: 64k steps as He et al. (2015). Each has variants: ``-bagged``, and those that leave branches out,
 ``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
 ``-stochastic-depth``; ``-short-paths-long``, of two, updates each branch as often as the recipe, or oftener."""
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "short-paths": {"active": 23},
-    "short-paths-unscaled": {"active": 23, "rescale": False},
-    "stochastic-depth": {"survival": 0.5},
-    "bagged": {"bagged": True},
-}
-for _recipe, (_variant, _options) in product(list(RECIPES.values()), _VARIANTS.items()):
+_VARIANTS: dict[str, dict[str, Any]] = {"short-paths": {"active": 23}, "stochastic-depth": {"survival": 0.5}}
+_VARIANTS |= {"short-paths-unscaled": {"active": 23, "rescale": False}, "bagged": {"bagged": True}}
+for _recipe, (_variant, _options) in product(_RECIPES, _VARIANTS.items()):
     _name = f"{_recipe.name}-{_variant}"
     RECIPES[_name] = replace(_recipe, name=_name, **_options)
 for _name, _epochs in (("digits-short-paths", 60), ("short-short-paths", 47)):  # of 20, where 23 of 54 are active
@@ -172,6 +165,7 @@ def fit(
     check_chain(chain)
     check_kind(Dataset, "a Dataset", data=data)
     check_kind(Recipe, "a Recipe", recipe=recipe)
+    check_kind(*FLAG, progress=progress, graph=graph)
     seed = check_number(seed=seed)
     check_number(stop_after=0 if stop_after is None else stop_after)
     if not any(parameter.requires_grad for parameter in chain.parameters()):
@@ -313,8 +307,7 @@ def as_tested(chain: Chain, recipe: Recipe) -> Chain:
     """Return a chain as it is to be tested after training with a recipe: its branches as large as they were on average.
 
     That is the chain itself, unless the recipe left branches out without ``rescale``: then every branch is multiplied
-    by the probability with which it took part in a step (Huang et al., 2016, equation 5). Parameters are shared; errors
-    are those of `thinning`.
+    by the probability that it took part (Huang et al., 2016, equation 5). Parameters are shared; errors: `thinning`'s.
     """
     probability = _probabilities(chain, recipe)
     if probability is None or recipe.rescale:
@@ -381,10 +374,8 @@ def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} cannot be read ({error}): delete it to train from the start") from error
     for key, value in json.loads(json.dumps(identity)).items():
         if stored.get(key) != value:
-            raise ValueError(
-                f"checkpoint {path} belongs to another {key} ({stored.get(key)}, now {value}): "
-                "choose another file, or delete it to train from the start"
-            )
+            what = f"checkpoint {path} belongs to another {key} ({stored.get(key)}, now {value})"
+            raise ValueError(f"{what}: choose another file, or delete it to train from the start")
     return state
 
 

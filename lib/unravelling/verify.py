@@ -79,10 +79,7 @@ def gradients(module: nn.Module, model: nn.Module, x: Any) -> tuple[Tensor, Grad
 
 
 def compared_gradients(found: Gradients, expected: Gradients) -> Iterable[tuple[str, str, Tensor, Tensor, float]]:
-    """Yield kind, name, both gradients, and their difference as a share of the largest gradient of that kind.
-
-    A missing gradient counts as zeros.
-    """
+    """Yield kind, name, both gradients (zeros where missing), their difference as a share of the kind's largest."""
     scale = functools.cache(lambda kind: _largest(g for (k, _), g in expected.items() if k == kind))
     for (kind, name), theirs in expected.items():
         ours = found.get((kind, name))
@@ -144,18 +141,14 @@ def refuse_unequal(chain: Chain, origin: Origin, x: Any, logits: Tensor, found: 
             continue
         if difference(found, expected) > allowed:
             now = [tuple(t.shape) for t in tree_leaves(other) if isinstance(t, Tensor)]
-            raise Unsupported(
-                f"the chain computes what the model does for the example, but not for inputs of the sizes {now}: the "
-                "forward pass depends on sizes in a way that tracing loses"
-            )
+            what = f"the chain computes what the model does for the example, but not for inputs of the sizes {now}"
+            raise Unsupported(f"{what}: the forward pass depends on sizes in a way that tracing loses")
         for kind, name, _, _, gap in compared_gradients(*_kinks_aside(chain, model, other, allowed, (ours, theirs))):
             if gap > allowed:
-                raise Unsupported(
-                    f"the chain computes what the model does, but its gradient at the {kind} {name} differs by "
-                    f"{gap:.2g} of the largest: tracing loses a backward pass of one's own, and regions under "
-                    "torch.no_grad(). Register the class of the block that holds one with block_units: it is not "
-                    "looked into then"
-                )
+                what = f"its gradient at the {kind} {name} differs by {gap:.2g} of the largest"
+                why = "tracing loses a backward pass of one's own, and regions under torch.no_grad()"
+                remedy = "Register the class of the block that holds one with block_units: it is not looked into then"
+                raise Unsupported(f"the chain computes what the model does, but {what}: {why}. {remedy}")
         return
     if failed is not None:
         raise Unsupported(f"the chain fails where the model does not: {str(failed).partition(chr(10))[0]}")
@@ -166,10 +159,8 @@ def refuse_changing(model: nn.Module, x: Any, logits: Tensor, why: str) -> None:
     with torch.no_grad():
         second = call(model, x)
     if not torch.allclose(second, logits, equal_nan=True):
-        raise Unsupported(
-            f"two forward passes on the same input give different logits: {why}. A chain needs a forward pass in eval "
-            "mode that depends on nothing but its input"
-        )
+        needed = "A chain needs a forward pass in eval mode that depends on nothing but its input"
+        raise Unsupported(f"two forward passes on the same input give different logits: {why}. {needed}")
 
 
 def _others(x: Any) -> Iterator[Any]:
@@ -236,10 +227,9 @@ def first_difference(chain: Chain, origin: Origin, x: Any) -> str:
                 whole = unit.branch is not None and unit.residual
                 swallowed = whole and difference(unit.branch(states[i]), expected) < allowed
                 hint = ": its branch returns what the whole block does, so it contains the stream already"
-                return (
-                    f"the chain differs from the model first at {where}, by {gap:.2g} of the largest number after "
-                    f"{last}{hint if swallowed else ''}. Say by hand what the block computes: units=…, branch=…"
-                )
+                by = f"by {gap:.2g} of the largest number after {last}{hint if swallowed else ''}"
+                remedy = "Say by hand what the block computes: units=…, branch=…"
+                return f"the chain differs from the model first at {where}, {by}. {remedy}"
             last, since = f"unit {i} ({unit.name})", i + 1
     return f"the chain differs from the model after {last}, where no module's output can be compared"
 

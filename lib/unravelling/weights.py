@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .chain import Chain, check_chain
+from .chain import FLAG, Chain, check_chain, check_kind
 from .data import check_path, read_tensors, write_tensors
 from .nets import build
 from .stored import data_folder
@@ -29,11 +29,11 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
         header: what else to record, such as recipe, seed and errors; any JSON values.
 
     Raises:
-        ValueError: the chain was not made by `unravelling.nets`, or has deleted or changed units; or ``header`` names
-            an entry that is written anyway.
+        ValueError: the chain is no intact one of `unravelling.nets`, or ``header`` has an entry that is written anyway.
         OSError: the file could not be written; an earlier one is kept.
     """
     check_chain(chain)
+    check_kind(*FLAG, half=half)
     path = check_path(path=path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a file that ends with .safetensors")
@@ -43,12 +43,9 @@ def save(chain: Chain, path: str | Path, *, half: bool = False, **header: Any) -
         raise ValueError("only an intact network made by unravelling.nets can be rebuilt from a file: save that one")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in chain.state_dict().items()}
     floating = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
-    header |= {
-        "format": FORMAT,
-        "architecture": chain.config,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "dtype": str(floating).removeprefix("torch."),
-    }
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    header |= {"format": FORMAT, "architecture": chain.config, "versions": versions}
+    header["dtype"] = str(floating).removeprefix("torch.")
     if half:
         state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in state.items()}
         if over := [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .stats import seed_band, wilson
-from .stored import DEFAULT_RECIPES, IN_PROSE, intact_error, stored
+from .chain import FLAG, check_kind
+from .chain import listed as members
+from .stats import check_table, seed_band, wilson
+from .stored import DEFAULT_RECIPES, IN_PROSE, KEYS, intact_error, stored
 
 PAPER = "`make paper`"
 """The command that makes the results on CIFAR-10."""
@@ -33,8 +35,10 @@ def listed(items: Iterable[object], nothing: str = "none") -> str:
 
 def seeds(table: pd.DataFrame) -> str:
     """Return how many runs stand behind each network and recipe of a table: ``"seed 0"``, ``"1 to 3 seeds"``."""
+    check_table(table, ["seed"], "unravelling.stored.stored")
     if table["seed"].nunique() == 1:
         return f"seed {int(table['seed'].iloc[0])}"
+    check_table(table, KEYS[1:], "unravelling.stored.stored")
     runs = table.groupby(["network", "recipe"])["seed"].nunique()
     return span(runs, "d", unit=" seed" if runs.max() == 1 else " seeds")
 
@@ -42,6 +46,7 @@ def seeds(table: pd.DataFrame) -> str:
 def about(dataset: str, table: pd.DataFrame) -> str:
     """Return which images a table is about, and by what recipe and from how many seeds its networks were trained."""
     images = IN_PROSE.get(dataset, dataset).removeprefix("the ")
+    check_table(table, [] if getattr(table, "empty", False) else KEYS[1:], "unravelling.stored.stored", least=0)
     return images if table.empty else f"{images}, recipe {listed(sorted(table['recipe'].unique()))}, {seeds(table)}"
 
 
@@ -56,6 +61,7 @@ def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
     """Return a sentence that names the networks which tables of `unravelling.stored.both` lack, and the command."""
     sentences = []
     for dataset, table in tables.items():
+        check_table(table, ["network"], "unravelling.stored.both", least=0)
         if gaps := ", ".join(network_label(name) for name in networks if name not in set(table["network"])):
             where = f"{IN_PROSE[dataset]}, recipe {DEFAULT_RECIPES[dataset]}"
             sentences.append(f"Not measured yet on {where}: {gaps}; {PAPER} does that.")
@@ -64,6 +70,7 @@ def pending(tables: Mapping[str, pd.DataFrame], *networks: str) -> str:
 
 def one_seed(table: pd.DataFrame) -> str:
     """Return the sentence that says why numbers lack an interval over seeds, once a paragraph; nothing if none does."""
+    check_table(table, KEYS[1:], "unravelling.stored.stored")
     runs = table.groupby(["network", "recipe"])["seed"].nunique()
     if runs.min() > 1:
         return ""
@@ -73,8 +80,7 @@ def one_seed(table: pd.DataFrame) -> str:
 def paragraphs(tables: Mapping[str, pd.DataFrame], say: Callable[[pd.DataFrame], str], *networks: str) -> str:
     """Return a paragraph for each data set that has rows, then what is `pending`.
 
-    Each opens with `about` in bold, the intact error and the number of images where the table tells them, and ends
-    with `one_seed`.
+    Each opens with `about` in bold, the intact error and the number of images if there are any; ends with `one_seed`.
 
     Args:
         tables: of `unravelling.stored.both`.
@@ -83,18 +89,19 @@ def paragraphs(tables: Mapping[str, pd.DataFrame], say: Callable[[pd.DataFrame],
     """
     texts = []
     for dataset, table in tables.items():
+        title = about(dataset, table)
         if len(table):
             single = "delta_error" in table and table["network"].nunique() == 1
             facts = [f"{percent(intact_error(table))} intact"] if single else []
             facts += [f"{table['images'].max():,.0f} images"] if "images" in table else []
-            opening = f"**{about(dataset, table)}**" + (f" ({', '.join(facts)})" if facts else "")
+            opening = f"**{title}**" + (f" ({', '.join(facts)})" if facts else "")
             texts.append(f"{opening}: {say(table)} {one_seed(table)}".strip())
     return "\n\n".join([*texts, pending(tables, *networks)]).strip()
 
 
 def mean_interval(values: Any) -> tuple[float, float, float]:
     """Return the mean of some values and its 95 % Student t interval, whose ends are NaN for a single value."""
-    table = pd.DataFrame({"all": 0, "value": np.atleast_1d(np.asarray(values, float))})
+    table = pd.DataFrame({"all": 0, "value": members(values=np.atleast_1d(np.asarray(values, float)))})
     return tuple(seed_band(table, "all", "value").iloc[0][["mean", "low", "high"]])
 
 
@@ -107,7 +114,8 @@ def _mean(values: Any, form: str, unit: str, name: str = "", ends: tuple[float, 
 
 def over_seeds(values: Any, *, scale: float = 100, unit: str = " %", digits: int = 1) -> str:
     """Return a mean in words, times ``scale``, with its 95 % Student t interval where there are several seeds."""
-    return _mean(scale * np.asarray(values), f".{digits}f", unit, f"95 % interval over {np.size(values)} seeds ")
+    name = f"95 % interval over {np.sum(pd.notna(values))} seeds "
+    return _mean(scale * np.asarray(values), f".{digits}f", unit, name)
 
 
 def percent(values: Any, digits: int = 1) -> str:
@@ -122,6 +130,7 @@ def points(values: Any, digits: int = 1, sign: str = "") -> str:
 
 def span(values: Any, form: str = ".1f", *, scale: float = 1, unit: str = "") -> str:
     """Return the least and the greatest value, times ``scale``, or the one that there is: "1.2 to 3.4 %"."""
+    values = members(values=np.atleast_1d(values))
     low, high = (number(scale * end, form) for end in (np.min(values), np.max(values)))
     return (low if low == high else f"{low} to {high}") + unit
 
@@ -140,6 +149,8 @@ def rounded(value: float) -> str:
 
 def share(count: float, images: float, *, of: str = "") -> str:
     """Return a share of images with its 95 % Wilson interval: "1.4 % (…)", or "1.4 % of 500 test images (…)"."""
+    if not np.isclose(count, np.rint(count), rtol=1e-5):  # of an error, six digits are stored
+        raise ValueError(f"count is {count}: expected a number of images, not a share of them")
     low, high = wilson(round(count), int(images))
     many = f" of {images:,.0f} {of}" if of else ""
     return f"{number(100 * count / images)} %{many} (95 % Wilson interval {100 * low:.1f} to {100 * high:.1f})"
@@ -153,6 +164,10 @@ def error(table: pd.DataFrame, split: str = "test", *, brief: bool = False) -> s
         split: of the images: ``"train"``, ``"validation"`` or ``"test"``.
         brief: give the interval alone, for a text that says which intervals these are.
     """
+    check_kind(*FLAG, brief=brief)
+    check_table(table, ["seed", f"{split}_error", f"{split}_images"], "unravelling.stored.stored")
+    if table["seed"].duplicated().any():
+        raise ValueError("several rows of the table have one seed: choose those of one network and recipe")
     errors, images = table[f"{split}_error"], table[f"{split}_images"].iloc[0]
     of = "" if brief else f"{'training' if split == 'train' else split} images"
     if len(table) == 1:

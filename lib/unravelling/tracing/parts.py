@@ -41,9 +41,8 @@ class Context:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.values:
-            raise RuntimeError(
-                f"this part needs {name!r} from the stem: call the whole chain, or its stem, on the input first"
-            )
+            remedy = "call the whole chain, or its stem, on the input first"
+            raise RuntimeError(f"this part needs {name!r} from the stem: {remedy}")
         return self.values[name]
 
 
@@ -100,29 +99,26 @@ class Stem(nn.Module):
         given = dict(zip(self.inputs, args, strict=False)) | kwargs
         wrong = sorted(set(given) ^ set(self.inputs))
         if wrong or len(args) > len(self.inputs):
-            raise ValueError(
-                f"this chain was made from an input with {', '.join(self.inputs)}, and this one differs in "
-                f"{', '.join(wrong) or 'their number'}: unravel the model with an example of such inputs"
-            )
+            one, other = ", ".join(self.inputs), ", ".join(wrong) or "their number"
+            what = f"this chain was made from an input with {one}, and this one differs in {other}"
+            raise ValueError(f"{what}: unravel the model with an example of such inputs")
         known: dict[str, int] = {}
         for name, sizes in self.sizes.items():
             found = tuple(given[name].shape)
             expected = [known.setdefault(s, f) if isinstance(s, str) else s for s, f in zip(sizes, found, strict=False)]
             if len(found) != len(sizes) or list(found) != expected:
                 traced = ", ".join("any" if isinstance(size, str) else str(size) for size in sizes)
-                raise ValueError(
-                    f"{name} has size {found}, and torch.export traced this chain for ({traced}): unravel the model "
-                    "with an example of the new size, in which all inputs belong to the same batch"
-                )
+                what = f"{name} has size {found}, and torch.export traced this chain for ({traced})"
+                example = "an example of the new size, in which all inputs belong to the same batch"
+                raise ValueError(f"{what}: unravel the model with {example}")
         values = [given[name] for name in self.inputs]
         try:
             if self.guards is not None:
                 self.guards(*values)
         except AssertionError as error:
-            raise ValueError(
-                f"torch.export traced this chain for inputs of other sizes ({error}): the forward pass decides by "
-                "them. Unravel the model with an example of the new size"
-            ) from error
+            what = f"torch.export traced this chain for inputs of other sizes ({error})"
+            remedy = "the forward pass decides by them. Unravel the model with an example of the new size"
+            raise ValueError(f"{what}: {remedy}") from error
         result = self.code(*values)
         y, *values = result if isinstance(result, tuple) else (result,)
         self.context.values = dict(zip(self.names, values, strict=True))
@@ -170,9 +166,8 @@ def make_parts(
             made = [builder.unit(stretch)]
             origin.zeros.append(stretch.zeros)
             if not stretch.exact:
-                origin.notes.append(
-                    f"{stretch.name}: its sum is computed in another order, or with its factors in the branch"
-                )
+                note = "its sum is computed in another order, or with its factors in the branch"
+                origin.notes.append(f"{stretch.name}: {note}")
         units += made
         origin.outputs += [None] * (len(made) - 1) + [stretch.output]
     output, first = reading.traced.output, stretches[0].state
@@ -181,10 +176,8 @@ def make_parts(
     if late and reading.share_shapes(late, first):
         return make_parts(model, x, reading, stretches, makers)
     if late:
-        raise Unsupported(
-            f"skips cross: what {place(reading, late[0])} computes from the state of one unit is used by a later one, "
-            "which no chain of units does"
-        )
+        what = f"what {place(reading, late[0])} computes from the state of one unit is used by a later one"
+        raise Unsupported(f"skips cross: {what}, which no chain of units does")
     several = len(reading.traced.inputs) > 1 or (x is not None and not isinstance(x, Tensor))
     stem = builder.stem(first, several, _shifts_labels(model, x))
     for module in [*stem.modules(), *head.modules(), *(part for unit in units for part in unit.modules())]:
@@ -259,8 +252,7 @@ class _Builder:
         residual = bool(stretch.branch)
         skip = self.part(stretch.skip or [(stretch.start, 1.0)], stretch.state)
         branch = self.part(stretch.branch or [(stretch.end, 1.0)], stretch.state)
-        post = self.part([(stretch.post, 1.0)], stretch.end)
-        return Unit(branch, skip, post, residual=residual, name=stretch.name)
+        return Unit(branch, skip, self.part([(stretch.post, 1.0)], stretch.end), residual=residual, name=stretch.name)
 
     def block_units(self, stretch: Stretch, units: Sequence[Unit]) -> list[Unit]:
         """Name the units that were made of a block, and add what prepares them and what follows."""

@@ -188,11 +188,10 @@ def _read_from(
     loaded = [s for s in computed if reading.weights(n for node, _ in s.skip for n in reading.between(s.start, node))]
     loaded = [s for s in loaded if _same_shape(reading, s.end, s.start)]
     if len(loaded) > len(stretches) / 2:
-        warnings.append(
-            f"{len(loaded)} of {len(stretches)} units have no identity beside their branch, but a layer with weights "
-            "of its own, as LoRA has its base layer, or a mixture of streams (the first in "
-            f"{place(reading, loaded[0].end)}): a deletion leaves that layer"
-        )
+        what = "a layer with weights of its own, as LoRA has its base layer, or a mixture of streams"
+        where = f"{what} (the first in {place(reading, loaded[0].end)})"
+        number = f"{len(loaded)} of {len(stretches)} units"
+        warnings.append(f"{number} have no identity beside their branch, but {where}: a deletion leaves that layer")
     return reading, stretches, warnings
 
 
@@ -536,9 +535,8 @@ def _takes_the_state_alone(reading: Reading, key: Key) -> bool:
     """Whether a call of a block has no other argument than the state that could matter, and returns one tensor."""
     inside = reading.calls[key]
     for node in inside:
-        others = [
-            value for value in [*node.args[1:], *node.kwargs.values()] if value is not None and value is not False
-        ]
+        given = [*node.args[1:], *node.kwargs.values()]
+        others = [value for value in given if value is not None and value is not False]
         if others and node.op == "call_module" and reading.owner(node) == key:  # the block itself, not looked into
             return False
         for arg in node.all_input_nodes:
@@ -605,10 +603,8 @@ def _residual_sum(reading: Reading, start: fx.Node, end: fx.Node) -> Stretch | s
         return None
     if reading.weights(skip_way & branch_way, least=1):
         if all(name_of(reading.itself(node)) in ("mul", "__mul__") for node, _ in terms):
-            return (
-                "a sum is gated, as in a highway network: the weights of the gate decide how much of the skip and of "
-                "the branch comes in, so that there is no skip to be left alone"
-            )
+            what = "the weights of the gate decide how much of the skip and of the branch comes in"
+            return f"a sum is gated, as in a highway network: {what}, so that there is no skip to be left alone"
         return "skips cross, or several streams run beside each other: both operands of a sum hold the same weights"
     skip, branch, same = [terms[i] for i in skips], [terms[i] for i in branches], False
     for (operand, factor), (other, sign) in (direct, direct[::-1]):
@@ -679,9 +675,8 @@ def _within(reading: Reading, stretches: list[Stretch], names: Sequence[str]) ->
             inside = [stretch for stretch in stretches if reading.under(stretch.end, key)]
             region = reading.region(key, at_cuts=True)
             if not inside and region is None:
-                raise Unsupported(
-                    f"{name!r} is no unit: a unit takes one state and returns the next, and other ways lead past it"
-                )
+                what = "a unit takes one state and returns the next, and other ways lead past it"
+                raise Unsupported(f"{name!r} is no unit: {what}")
             kept += inside if region is None else inside or [Stretch(*region, key)]
     return kept
 
@@ -713,29 +708,24 @@ def _nothing_found(model: nn.Module, reading: Reading, causes: dict[str, list[fx
         )
     if joins and not any(weighted for *_, weighted in reading.sums.values()):
         what = f"{len(joins)} concatenation{'s' * (len(joins) > 1)} (the first in {place(reading, joins[0])})"
-        return (
-            f"{name} has no residual unit, but {what}, as a DenseNet, a U-Net or a ShuffleNet has: no chain of skip + "
-            'branch computes them. Unravel a part that is residual, or name plain units by hand: units="layers.*"'
-        )
+        why = f"{what}, as a DenseNet, a U-Net or a ShuffleNet has: no chain of skip + branch computes them"
+        remedy = 'Unravel a part that is residual, or name plain units by hand: units="layers.*"'
+        return f"{name} has no residual unit, but {why}. {remedy}"
     if sums and all(reading.operands(node) is None for node in sums):
-        return (
-            f"{name} adds a state to its branch by a sum over a stack, or by scattering ({len(sums)} times, first in "
-            f"{place(reading, sums[0])}): write x + f(x), or say what each block computes: units=…, branch=…, skip=…"
-        )
+        where = f"{len(sums)} times, first in {place(reading, sums[0])}"
+        what = f"{name} adds a state to its branch by a sum over a stack, or by scattering ({where})"
+        return f"{what}: write x + f(x), or say what each block computes: units=…, branch=…, skip=…"
     if sums:
         number = f"{len(sums)} addition{'s' * (len(sums) > 1)}"
         after = (next(cut for cut in reading.cuts if reading.order[cut] >= reading.order[node]) for node in sums)
         joined = all({*joins} & {cut, *reading.between(node, cut)} for node, cut in zip(sums, after, strict=True))
         where = "they lie on some of the ways alone that a concatenation joins, or " if joined else ""
-        return (
-            f"{name} has {number}, but no chain of residual units: {where}their skips cross or overlap, as where "
-            f"several streams run beside each other, or no operand is a skip (the first in {place(reading, sums[0])}). "
-            "Say which modules are the blocks: units=…, branch=…" + ", or unravel a part alone" * joined
-        )
-    return (
-        f"{name} has no skip: no addition joins a value with what is computed from it. To take a plain network apart, "
-        'name its units by hand: units="features.*"'
-    )
+        where += "their skips cross or overlap, as where several streams run beside each other, or no operand is a skip"
+        remedy = f"Say which modules are the blocks: units=…, branch=…{', or unravel a part alone' * joined}"
+        what = f"{name} has {number}, but no chain of residual units: {where}"
+        return f"{what} (the first in {place(reading, sums[0])}). {remedy}"
+    what = f"{name} has no skip: no addition joins a value with what is computed from it"
+    return f'{what}. To take a plain network apart, name its units by hand: units="features.*"'
 
 
 # ---------------------------------------------------------------- states and names

@@ -90,10 +90,9 @@ def preserved(model: nn.Module, weights: bool = False) -> Iterator[None]:
                 if not torch.equal(tensor, old):
                     tensor.data.copy_(old)
             if changed:
-                raise Unsupported(
-                    f"eval mode, or a forward pass in it, changes the parameter {changed[0]}, as where LoRA is merged "
-                    "or weights are rescaled once: call model.eval(), then the model once, before unravel"
-                )
+                what = f"changes the parameter {changed[0]}, as where LoRA is merged or weights are rescaled once"
+                remedy = "call model.eval(), then the model once, before unravel"
+                raise Unsupported(f"eval mode, or a forward pass in it, {what}: {remedy}")
 
 
 def _plain(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -167,11 +166,10 @@ def refuse_hooks(model: nn.Module, *, layers: bool) -> None:
         home = lambda hook: getattr(hook, "__module__", type(hook).__module__)  # noqa: E731
         own = [hook for hook in hooks if not home(hook).startswith(("torch.nn.utils", "transformers."))]
         if own and (layers or not _is_layer(module)):
-            raise Unsupported(
-                f"{name or 'the model'} has a hook ({getattr(own[0], '__name__', type(own[0]).__name__)}), which a "
-                "chain would not call, since it takes that module apart. Remove it (handle.remove()) before unravel, "
-                "and put hooks on the chain's parts instead: chain.units[0].register_forward_hook(…)"
-            )
+            what = f"{name or 'the model'} has a hook ({getattr(own[0], '__name__', type(own[0]).__name__)})"
+            why = "which a chain would not call, since it takes that module apart"
+            remedy = "Remove it (handle.remove()) before unravel, and put hooks on the chain's parts instead"
+            raise Unsupported(f"{what}, {why}. {remedy}: chain.units[0].register_forward_hook(…)")
 
 
 class _Proxy(fx.Proxy):
@@ -236,10 +234,7 @@ def _length(x: Any, length: Callable[[Any], int] = len) -> Any:
 
 @contextmanager
 def _lengths_and_masks() -> Iterator[None]:
-    """Let ``len`` of a tensor be a size that stays free, and nn.Transformer not ask whether the mask is causal.
-
-    It asks for the sake of speed alone: by the numbers, which a graph does not hold.
-    """
+    """Let a tensor's ``len`` stay free, and nn.Transformer not ask numbers, for speed alone, if the mask is causal."""
     hint = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
     module = nn.modules.module  # hooks of all modules would be called with proxies
     with patch.object(builtins, "len", _length), \
@@ -421,17 +416,14 @@ def _out_of_place(traced: Traced) -> Traced:
             continue
         base.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
         if not node.users and base.op != "get_attr":
-            raise Unsupported(
-                f"{where} writes to a tensor in place and reads it by another name, as through a view: a chain cannot "
-                "follow that. Write y = y + … instead"
-            )
+            what = f"{where} writes to a tensor in place and reads it by another name, as through a view"
+            raise Unsupported(f"{what}: a chain cannot follow that. Write y = y + … instead")
     return traced
 
 
 FUSED = {
-    "add": ("input", "other"),
+    "add": ("input", "other"), "rsub": ("input", "other"), "lerp": ("input", "end", "weight"),
     "addcmul": ("input", "tensor1", "tensor2"), "addcdiv": ("input", "tensor1", "tensor2"),
-    "lerp": ("input", "end", "weight"), "rsub": ("input", "other"),
     "addmm": ("input", "mat1", "mat2"), "baddbmm": ("input", "batch1", "batch2"),
     "index_add": ("input", "dim", "index", "source"), "scatter_add": ("input", "dim", "index", "src"),
 }
