@@ -379,7 +379,7 @@ class LongSkip(nn.Module):
 
 
 class Overlapping(LongSkip):
-    """Skips that cross: no chain of units computes this."""
+    """Skips that cross: what a layer of the first unit computes is added within the second one's branch, too."""
 
     def forward(self, x):
         a = self.stem(F.avg_pool2d(x, 8).flatten(1))
