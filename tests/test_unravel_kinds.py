@@ -1605,3 +1605,23 @@ def test_a_value_beside_the_state_that_all_blocks_read_is_the_stems(e):
     assert [unit.name for unit in chain.units] == ["body.0.a", "body.1.a", "body.2.a"]
     exact(chain, wrapped(f), units=3)
     assert any("path gradients hold that fixed" in note for note in chain.notes)
+
+
+def test_what_crosses_to_a_later_sum_of_the_stream_is_not_held():
+    class Crossing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.f, self.k, self.g, self.m, self.o = (linear() for _ in range(6))
+
+        def forward(self, x):
+            y = self.i(x)
+            h = self.f(torch.tanh(y))
+            y = y + self.k(torch.tanh(h))
+            y = y + self.g(torch.tanh(y)) + h  # which lies within the first unit
+            return self.o(y + self.m(torch.tanh(y)))
+
+    model = seeded(Crossing)
+    with pytest.warns(UserWarning, match="2 of 4 additions became units"):
+        chain = unravel(model, X)
+    assert not any("the stem computes them" in note for note in chain.notes)
+    exact(chain, model, units=2, rounding=1e-6)
