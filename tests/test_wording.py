@@ -24,6 +24,7 @@ from unravelling.wording import (
     rounded,
     seeds,
     share,
+    side_by_side,
     span,
 )
 
@@ -129,6 +130,22 @@ def test_paragraphs_open_with_what_they_are_about_and_say_once_that_there_is_one
     assert paragraphs(both("reorder"), lambda rows: "never") == ""
 
 
+def test_data_sets_side_by_side_have_a_column_each_and_a_dash_where_one_says_nothing(project):
+    def say(rows):
+        of = {"rows": str(len(rows))}
+        return of if rows["dataset"].iloc[0] == "digits" else {"rows, too": "0"} | of
+
+    text = side_by_side(both("delete_random", "resnet110"), say, "resnet110", "vgg15")
+    assert text.split("\n\n") == [
+        "|  | digits, recipe digits, 3 seeds (10.0 % intact, 1,000 images) | "
+        "CIFAR-10, recipe short, seed 0 (10.0 % intact, 1,000 images) |\n| :-- | --: | --: |\n| rows | 3 | 1 |\n"
+        "| rows, too | – | 0 |",
+        "One seed: no interval over seeds.",
+        pending(both("delete_random", "resnet110"), "resnet110", "vgg15"),
+    ]
+    assert side_by_side(both("reorder"), lambda rows: {"never": ""}) == ""
+
+
 VALUES = [0.1, 0.2, 0.4]
 LOW, HIGH = stats.t.interval(0.95, 2, np.mean(VALUES), stats.sem(VALUES))
 
@@ -171,6 +188,7 @@ SAID = {
     (lambda rows: about("digits", rows)): ["network", "seed", "recipe"],
     (lambda rows: pending({"digits": rows}, "resnet20")): ["network"],
     (lambda rows: paragraphs({"digits": rows}, lambda rows: "")): ["network", "seed", "recipe"],
+    (lambda rows: side_by_side({"digits": rows}, lambda rows: {})): ["network", "seed", "recipe"],
     intact_error: ["error", "delta_error"],
 }
 

@@ -77,6 +77,14 @@ def one_seed(table: pd.DataFrame) -> str:
     return "One seed: no interval over seeds." if runs.max() == 1 else "Where no interval is given, there is one seed."
 
 
+def _facts(table: pd.DataFrame) -> str:
+    """Return the intact error and the number of images of a table, in brackets, where it has them."""
+    single = "delta_error" in table and table["network"].nunique() == 1
+    facts = [f"{percent(intact_error(table))} intact"] if single else []
+    facts += [f"{table['images'].max():,.0f} images"] if "images" in table else []
+    return f" ({', '.join(facts)})" if facts else ""
+
+
 def paragraphs(tables: Mapping[str, pd.DataFrame], say: Callable[[pd.DataFrame], str], *networks: str) -> str:
     """Return a paragraph for each data set that has rows, then what is `pending`.
 
@@ -87,16 +95,27 @@ def paragraphs(tables: Mapping[str, pd.DataFrame], say: Callable[[pd.DataFrame],
         say: gets a table, returns its sentences.
         networks: that the paragraphs want.
     """
-    texts = []
-    for dataset, table in tables.items():
-        title = about(dataset, table)
-        if len(table):
-            single = "delta_error" in table and table["network"].nunique() == 1
-            facts = [f"{percent(intact_error(table))} intact"] if single else []
-            facts += [f"{table['images'].max():,.0f} images"] if "images" in table else []
-            opening = f"**{title}**" + (f" ({', '.join(facts)})" if facts else "")
-            texts.append(f"{opening}: {say(table)} {one_seed(table)}".strip())
+    texts = [f"**{about(dataset, table)}**{_facts(table)}: {say(table)} {one_seed(table)}".strip()
+             for dataset, table in tables.items() if len(table)]
     return "\n\n".join([*texts, pending(tables, *networks)]).strip()
+
+
+def side_by_side(tables: Mapping[str, pd.DataFrame], say: Callable[[pd.DataFrame], dict[str, str]],
+                 *networks: str) -> str:
+    """Return a table with a line for each quantity and a column for each data set that has rows; then as `paragraphs`.
+
+    Args:
+        tables: of `unravelling.stored.both`.
+        say: gets a table, returns what it says of each quantity.
+        networks: that the table wants.
+    """
+    columns = {about(dataset, table) + _facts(table): say(table) for dataset, table in tables.items() if len(table)}
+    quantities = dict.fromkeys(name for column in columns.values() for name in column)
+    lines = [["", *columns], [":--", *["--:"] * len(columns)]]
+    lines += [[name, *(column.get(name, "–") for column in columns.values())] for name in quantities]
+    remarks = dict.fromkeys(one_seed(table) for table in tables.values() if len(table))
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines if columns)
+    return "\n\n".join(text for text in (rows, *remarks, pending(tables, *networks)) if text)
 
 
 def mean_interval(values: Any) -> tuple[float, float, float]:
