@@ -2,7 +2,7 @@
 # make test      lint, make book, run every test                   make pages     the pages from the outputs in book/
 # make clean     remove _build, never runs, .venv, data            make bench     compare speed, side by side
 # make weights   train and measure the shipped networks anew       make paper     CIFAR-10, hours to days: stop at will
-# make pdf       the book as one file, printed by Chromium
+# make pdf       the book as one file, printed by Chromium            make figures   drawings and captions, for slides
 #
 # make refresh ONLY=05-deleting-blocks                      one notebook
 # make book PARAMETERS="-p DATASET cifar10"                 every notebook that has the parameter, with this value
@@ -15,7 +15,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := book
-.PHONY: book test refresh pages pdf notes weights paper bench mutants clean owner lock
+.PHONY: book test refresh pages pdf figures notes weights paper bench mutants clean owner lock
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -73,6 +73,12 @@ _build/book.pdf: _build/committed/index.html scripts/pdf.py
 	@$(RUN) scripts/pdf.py _build/committed $@
 
 ONLY ?= $(NAMES)
+
+# The pages leave the plain edition, whose captions have numbers.
+figures: _build/committed/index.html
+	@OMP_NUM_THREADS=2 $(RUN) scripts/figures.py _build/figures $(ONLY:%=_build/plain/book/%.ipynb)
+	@echo "figures in _build/figures"
+
 refresh: $(ONLY:%=_build/executed/%.ipynb)
 	@$(RUN) scripts/book.py refresh $(ONLY)
 ifneq ($(and $(PARAMETERS),$(filter refresh,$(MAKECMDGOALS))),)

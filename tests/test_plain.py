@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import nbformat
 import papermill
@@ -197,3 +198,22 @@ def test_without_network_or_library_the_first_cell_says_what_to_do(monkeypatch, 
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
     with pytest.raises(RuntimeError, match=r"needs git and the network, once: https://\S+ could not be fetched"):
         exec(book.bootstrap(), {})
+
+
+def test_figures_are_drawn_anew_for_slides_with_their_captions_beside_them(tmp_path):
+    draw = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.title('a line');"
+    below = [new_markdown_cell(f"**Figure 5.{number}.** A *line*.") for number in (1, 2, 3)]
+    cells = [new_code_cell(draw), below[0], below[1], new_code_cell("print(1)"), below[2]]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "05-lines.ipynb")
+    nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), tmp_path / "06-none.ipynb")
+    run = [sys.executable, ROOT / "scripts/figures.py", tmp_path / "figures"]
+    done = subprocess.run([*run, tmp_path / "05-lines.ipynb"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    written = {path.name: path for path in (tmp_path / "figures").iterdir()}
+    assert sorted(written) == ["figure-5.1.pdf", "figure-5.1.svg", "figure-5.1.txt"]
+    assert ElementTree.parse(written["figure-5.1.svg"]).getroot().tag.endswith("}svg")
+    assert written["figure-5.1.pdf"].read_bytes().startswith(b"%PDF-")
+    assert written["figure-5.1.txt"].read_text() == "Figure 5.1. A *line*.\n"
+    failed = subprocess.run([*run, tmp_path / "06-none.ipynb"], capture_output=True, text=True, timeout=300)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "error: 06-none.ipynb: ZeroDivisionError: division by zero"
