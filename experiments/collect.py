@@ -1,4 +1,4 @@
-"""Bring cells into the project's data: results, records, weights and the page of runs, as a whole or not at all."""
+"""Bring cells into the project's data: results, records, weights and the page of runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("rows", nargs="*", type=Path, help="folders in --runs; all of config.yaml when none is given")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="FOLDER", help="default: runs")
     parser.add_argument("--data", type=Path, default=ROOT / "data", metavar="FOLDER", help="default: data")
-    parser.add_argument("--drop", metavar="RECIPE", help="remove all results and weights of this recipe")
     options = parser.parse_args(arguments)
     try:
         config = configuration()
@@ -68,10 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown := [str(name) for name in options.rows if name not in known]:
             raise ValueError(f"config.yaml has no row {', '.join(unknown)}: name folders such as {next(iter(known))}")
         everything = [row for target in ("paper", "weights") for row in rows(config, target)]
-        chosen = [known[name] for name in options.rows] or [row for row in everything if row.recipe != options.drop]
-        if not options.drop and not any((options.runs / row.folder).is_dir() for row in chosen):
+        chosen = [known[name] for name in options.rows] or everything
+        if not any((options.runs / row.folder).is_dir() for row in chosen):
             raise ValueError(f"{options.runs} has no run of any row asked for: say by --runs where the runs are")
-        refused = collect(chosen, options.runs, options.data, drop=options.drop)
+        refused = collect(chosen, options.runs, options.data)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,17 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if refused else 0
 
 
-def collect(chosen: Iterable[Row], runs: Path, data: Path, *, drop: str | None = None) -> list[str]:
+def collect(chosen: Iterable[Row], runs: Path, data: Path) -> list[str]:
     """Bring the cells of some rows into the data, in place of their equals; nothing else there is touched.
 
     The outcome depends on the cells and on what is in the data alone. Done twice, it changes nothing the second time;
-    killed at any moment, it is completed or undone by the next call.
+    killed at any moment, it is completed by the same call again.
 
     Args:
         chosen: the rows; cells that are not there yet are passed over.
         runs: the folder of all runs.
         data: with ``results``, ``weights`` and ``RUNS.md``; locked meanwhile, so that others wait.
-        drop: a recipe whose rows and weights are removed first.
 
     Returns:
         One message for everything that was refused.
@@ -100,14 +98,16 @@ def collect(chosen: Iterable[Row], runs: Path, data: Path, *, drop: str | None =
     """
     data.mkdir(parents=True, exist_ok=True)
     with FileLock(data.resolve() / ".lock"):
-        _complete(data)
+        new = data / ".new"
+        shutil.rmtree(new, ignore_errors=True)  # left by a call that was killed
         try:
-            refused = _prepare(chosen, runs, data, data / ".new", drop)
-            os.replace(data / ".new", data / ".ready")
+            refused = _prepare(chosen, runs, data, new)
         except ValueError as error:  # about what is a copy, and gone at once
-            raise ValueError(str(error).replace(str(data / ".new"), str(data))) from error
+            raise ValueError(str(error).replace(str(new), str(data))) from error
+        else:
+            _bring_in(new, data)
         finally:
-            _complete(data)
+            shutil.rmtree(new, ignore_errors=True)
     return refused
 
 
@@ -150,13 +150,11 @@ def _page(record: dict[str, list[dict[str, Any]]], networks: pd.DataFrame) -> st
     return PAGE.format(**counts, images=" and ".join(copies) or "none yet") + "".join(lines)
 
 
-def _prepare(chosen: Iterable[Row], runs: Path, data: Path, new: Path, drop: str | None) -> list[str]:
+def _prepare(chosen: Iterable[Row], runs: Path, data: Path, new: Path) -> list[str]:
     """Make the data as they are to be, in a folder of their own, and return what was refused."""
     for name in ("results", "weights"):
         (data / name).mkdir(exist_ok=True)
         shutil.copytree(data / name, new / name)
-    if drop:
-        _drop(drop, new)
     refused = []
     for row in chosen:
         try:
@@ -204,11 +202,12 @@ def _put(row: Row, runs: Path, new: Path) -> str | None:
         )
     for name, (table, about) in cells.items():
         stored = _table(folder / name)
-        _write(pd.concat([stored[~_is(row, stored)], table]).fillna(""), folder / name)
+        whole = pd.concat([stored[~_is(row, stored)], table]).fillna("")
+        whole.assign(seed=whole["seed"].astype(int)).sort_values(KEYS, kind="stable").to_csv(folder / name, index=False)
         own = {key: {str(row): about[key]} for key in ("seconds", "weights")}
         made = [*_without(record.get(name, []), {str(row)}), about | own]
         record[name] = sorted(made, key=lambda run: min(run["seconds"]))
-    _write_record(record, folder)
+    (folder / "provenance.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return source
 
 
@@ -226,7 +225,7 @@ def _ship(row: Row, runs: Path, new: Path, measured: str | None) -> None:
     if measured not in (own, None):
         raise Refused(f"{source} is not what its cells were measured on: delete those, and measure again")
     if path.exists() and (held := header(path).get("recipe")) != row.recipe:
-        raise Refused(f"{_home(row)} holds recipe {held}: drop that recipe first")
+        raise Refused(f"{_home(row)} holds recipe {held}: delete it if it may go")
     part = path.with_name("part.safetensors")
     part.parent.mkdir(parents=True, exist_ok=True)
     if source.stat().st_size > HALF_LIMIT:
@@ -235,9 +234,6 @@ def _ship(row: Row, runs: Path, new: Path, measured: str | None) -> None:
     else:
         shutil.copyfile(source, part)
     os.replace(part, path)
-    former = path.with_name(f"{row.network}-{row.recipe}-seed{row.seed}.safetensors")
-    if former != path:  # from before its recipe became the ordinary one
-        former.unlink(missing_ok=True)
 
 
 def _home(row: Row) -> Path:
@@ -250,24 +246,6 @@ def _shipped(row: Row, data: Path) -> str | None:
     """Return the checksum of the weights that the shipped ones of a row were made from; None if there are none."""
     path = data / _home(row)
     return origin(path) if path.exists() and header(path).get("recipe") == row.recipe else None
-
-
-def _drop(recipe: str, new: Path) -> None:
-    """Remove a recipe's rows, records and weights; ValueError if nothing is stored of it."""
-    before = {path: path.stat().st_size for path in _files(new)}
-    for folder in (new / "results").iterdir():
-        for path in folder.glob("*.csv"):
-            table = _table(path)
-            _write(table[table["recipe"] != recipe], path)
-        record = _record(folder)
-        named = {row for made in record.values() for run in made for row in run["seconds"]}
-        gone = {row for row in named if row.partition("-seed")[2].partition("-")[2] == recipe}
-        _write_record({name: _without(made, gone) for name, made in record.items()}, folder)
-    for path in (new / "weights").rglob("*.safetensors"):
-        if header(path).get("recipe") == recipe:
-            path.unlink()
-    if before == {path: path.stat().st_size for path in _files(new)}:
-        raise ValueError(f"--drop {recipe}: nothing is stored of a recipe of that name")
 
 
 def _of(row: Row, record: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -307,13 +285,6 @@ def _table(path: Path) -> pd.DataFrame:
     raise ValueError(f"{path}, line {len(lines) + 1} is broken: {RESTORE}, or delete it")
 
 
-def _write(table: pd.DataFrame, path: Path) -> None:
-    if len(table):
-        table.assign(seed=table["seed"].astype(int)).sort_values(KEYS, kind="stable").to_csv(path, index=False)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _cell(path: Path) -> dict[str, Any]:
     """Return the record of a cell."""
     try:
@@ -335,39 +306,17 @@ def _record(folder: Path) -> dict[str, list[dict[str, Any]]]:
     raise ValueError(f"{path} is no record of tables: {RESTORE}")
 
 
-def _write_record(record: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    path, record = folder / "provenance.json", {name: made for name, made in record.items() if made}
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _complete(data: Path) -> None:
-    """Bring in what lies ready in ``.ready``, and remove what else a killed call left; unchanged files are left alone.
-
-    What is there is copied, so that ``.ready`` stays as it is, and a kill leaves what the next call completes.
-    """
-    whole, new, last = data / ".ready", data / ".new", data / ".ready/RUNS.md"
-    shutil.rmtree(new, ignore_errors=True)
-    if last.exists():
-        there = [path for name in ("results", "weights") for path in _files(data / name)]
-        coming = {data / path.relative_to(whole): path.read_bytes() for path in _files(whole)}
-        for path in there:
-            if path.stat().st_mtime > last.stat().st_mtime and path.read_bytes() != coming.get(path):
-                what = f"{path} has changed since a collector was killed"
-                raise ValueError(f"{what}: delete {whole} to keep it, and collect anew")
-        for home, content in coming.items():
-            if not home.exists() or home.read_bytes() != content:
-                home.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(whole / home.relative_to(data), data / ".part")
-                os.replace(data / ".part", home)
-        for path in set(there).difference(coming):
-            path.unlink()
-    if whole.exists():
-        os.replace(whole, new)
-        shutil.rmtree(new)
+def _bring_in(new: Path, data: Path) -> None:
+    """Replace what differs, file by file, the page of runs last."""
+    for path in [*_files(new / "results"), *_files(new / "weights"), new / "RUNS.md"]:
+        home = data / path.relative_to(new)
+        if not home.exists() or home.read_bytes() != path.read_bytes():
+            home.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, home)
 
 
 if __name__ == "__main__":

@@ -664,47 +664,9 @@ def test_weights_that_are_damaged_or_not_the_measured_ones_stay_outside(runs, tm
     assert (tmp_path / "data/weights/digits/resnet8-seed0.safetensors").read_bytes() == content
 
 
-def test_what_is_changed_after_a_kill_is_not_taken_back(runs, data, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def dying(old, new, rename=os.replace):
-        if Path(old).name == ".part":
-            raise Killed
-        rename(old, new)
-
-    with monkeypatch.context() as patch:  # all lies ready, and nothing is in its place
-        patch.setattr(os, "replace", dying)
-        with pytest.raises(Killed):
-            collect.collect(TOY[1:], runs, data)
-    table = data / "results/digits/intact.csv"
-    for path in (table, data / "weights/digits/pulled.safetensors"):
-        shutil.copytree(data, data.parent / path.name)
-        path.write_text("dataset,network,seed,recipe\n")
-        os.utime(path, (time.time() + 1,) * 2)
-        before = contents(data)
-        with pytest.raises(ValueError, match=rf"{path} has changed since a collector was killed: delete .*\.ready to"):
-            collect.collect([], runs, data)
-        assert contents(data) == before
-        shutil.rmtree(data)
-        shutil.move(data.parent / path.name, data)
-    assert collect.collect([], runs, data) == []  # what nobody else has touched is completed
-    assert "resnet8,1," in table.read_text()
-
-
-def test_what_is_not_whole_is_never_brought_in(runs, data):
-    before = contents(data)
-    (data / ".ready/results").mkdir(parents=True)
-    assert collect.collect([], runs, data) == []
-    assert contents(data) == before
-
-
-def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path, monkeypatch):
-    one, other, renamed, rename = tmp_path / "one", tmp_path / "other", [], os.replace
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda old, new: (renamed.append(Path(new).name), rename(old, new)))
-        collect.collect(TOY, runs, one)
-    assert ".ready" in renamed  # at one moment, all is there
+def test_twice_is_once_and_the_order_does_not_matter(runs, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    collect.collect(TOY, runs, one)
     first = contents(one)
     stamps = {path: path.stat().st_mtime_ns for path in one.rglob("*.*")}
     assert collect.collect(TOY, runs, one) == []
@@ -913,42 +875,18 @@ def test_a_copy_in_half_precision_is_measured_as_what_it_was_made_from(runs, tmp
     assert (tmp_path / "data" / home).read_bytes() == (tmp_path / "anew" / home).read_bytes()
 
 
-def test_weights_of_another_recipe_stay_until_it_is_dropped(runs, data):
+def test_weights_of_another_recipe_stay(runs, data):
     home = data / "weights/digits/resnet8-seed0.safetensors"
     save(build("resnet8", "digits"), home, recipe="short", seed=0)
     content = home.read_bytes()
     (refused,) = collect.collect(TOY, runs, data)
-    assert "holds recipe short" in refused
+    assert "holds recipe short: delete it if it may go" in refused
     assert home.read_bytes() == content
-    assert collect.collect(TOY, runs, data, drop="short") == []
-    assert collect.header(home)["recipe"] == "digits"
-    for path in (data / "results/cifar10").glob("*.csv"):
-        assert "short" not in set(pd.read_csv(path)["recipe"])
-    assert '-short"' not in (data / "results/cifar10/provenance.json").read_text()
-
-
-def test_what_is_dropped_is_not_collected_again(runs, tmp_path, capsys):
-    assert collect.collect(TOY, runs, tmp_path) == []
-    asked = ["--runs", str(runs), "--data", str(tmp_path), "--drop"]
-    assert collect.main([*asked, "digits"]) == 0
-    assert not [*tmp_path.rglob("*.csv"), *tmp_path.rglob("*.safetensors")]
-    assert collect.main([*asked, "digits"]) == 2
-    assert "nothing is stored of a recipe of that name" in capsys.readouterr().err
 
 
 def test_a_folder_without_runs_is_named(runs, tmp_path, capsys):
     assert collect.main(["--runs", str(runs / "digits"), "--data", str(tmp_path / "data")]) == 2
     assert "has no run of any row asked for: say by --runs where the runs are" in capsys.readouterr().err
-
-
-def test_weights_change_their_name_when_their_recipe_becomes_the_ordinary_one(runs, tmp_path, monkeypatch):
-    folder = tmp_path / "weights/digits"
-    monkeypatch.setitem(collect.DEFAULT_RECIPES, "digits", "another")
-    collect.collect(TOY, runs, tmp_path)
-    assert [path.name for path in folder.iterdir()] == ["resnet8-digits-seed0.safetensors"]
-    monkeypatch.setitem(collect.DEFAULT_RECIPES, "digits", "digits")
-    collect.collect(TOY, runs, tmp_path)
-    assert [path.name for path in folder.iterdir()] == ["resnet8-seed0.safetensors"]
 
 
 def test_two_collectors_wait_for_each_other(runs, tmp_path):
