@@ -220,6 +220,14 @@ POLICIES = [title_first, executed_in_order, nothing_vacuous, no_errors, figures_
 NOTEBOOKS = sorted(ROOT.glob("book/**/*.ipynb"))
 
 
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem[0].isdigit()], ids=lambda path: path.stem)
+def test_the_cost_that_a_chapter_names_is_the_limit_at_which_the_builder_fails(path):
+    megabytes, seconds = book.LIMITS.get(path.stem, book.LIMIT)
+    time = {60: "a minute", 120: "two minutes"}[seconds]
+    said = f"**Cost.** At most {time} on two cores and {megabytes / 1000:g} GB of memory"
+    assert said in path.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_keeps_the_rules(path, policy):
