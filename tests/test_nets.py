@@ -133,7 +133,7 @@ def functional(name, chain, x):
             x = F.max_pool2d(x, 2) if layer in (2, 4, 7, 10, 13) else x
         return linear(F.relu(norm(linear(x.flatten(1)))))
     x = conv(x)
-    x = F.relu(norm(x)) if "post" in name else x
+    x = F.relu(norm(x)) if "post" in name or "stem" in name else x
     for block in range(6):
         stride = 2 if block in (2, 4) else 1
         if "nobn" in name:
@@ -153,7 +153,8 @@ def functional(name, chain, x):
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet14", "resnet14-post", "resnet14-projection", "resnet14-post-projection", "resnet14-nobn", "vgg15"],
+    ["resnet14", "resnet14-post", "resnet14-projection", "resnet14-post-projection", "resnet14-nobn", "resnet14-stem",
+     "vgg15"],
 )
 def test_the_whole_network_by_hand(name):
     chain = randomized(build(name, "cifar10", width=4), dtype=torch.float64)
@@ -248,7 +249,11 @@ def test_depths_that_do_not_exist(make, depth, nearest):
         ),
         (
             lambda: build("resnet20-post-nobn"),
-            "without batch norm there is the pre-activation form alone: leave out preactivation=False",
+            "without batch norm there is the pre-activation form alone: leave out preactivation=False and norm_stem",
+        ),
+        (
+            lambda: build("resnet20-nobn-stem"),
+            "without batch norm there is the pre-activation form alone: leave out preactivation=False and norm_stem",
         ),
         (lambda: build("plain20-nobn"), "plain has no variant -nobn: it has post"),
         (lambda: build("plain20-projection"), "plain has no variant -projection: it has post"),

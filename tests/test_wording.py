@@ -50,6 +50,7 @@ def project(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("resnet110", "ResNet-110"), ("plain20", "plain-20"), ("vgg15-nobn", "VGG-15 without batch norm"),
+     ("resnet110-stem", "ResNet-110 with batch norm in the stem"),
      ("resnet20-joint6", "ResNet-20 times six, as one"),
      ("resnet20-post", "ResNet-20 of 2015"), ("vgg15-wide", "VGG-15 wide"), ("densenet", "densenet")],
 )

@@ -49,7 +49,7 @@ class SkipInit(nn.Module):
 
 def resnet(
     depth: int, *, in_channels: int = 3, classes: int = 10, width: int = 16, preactivation: bool = True,
-    shortcut: str = "pad", batch_norm: bool = True, seed: int = 0,
+    shortcut: str = "pad", batch_norm: bool = True, norm_stem: bool = False, seed: int = 0,
 ) -> Chain:
     """Return the CIFAR ResNet of He et al. (2015, section 4.2), or its pre-activation form (He et al., 2016).
 
@@ -65,6 +65,8 @@ def resnet(
         shortcut: at the transitions ``"pad"``, without parameters, or ``"projection"`` (1×1), or else a ValueError.
         batch_norm: False for a pre-activation network without any statistics: convolutions with biases, and a
             `SkipInit` at the end of every branch in place of the normalisation; or else a ValueError.
+        norm_stem: whether batch norm and ReLU follow the first convolution before the first skip leaves, as in He et
+            al. (2016, appendix); the 2015 form has them anyway, and a network without batch norm must not.
         seed: of the initial weights; the global generator is left alone.
     """
     if check_number(None, depth=depth) < 8 or (depth - 2) % 6:
@@ -72,9 +74,10 @@ def resnet(
         raise ValueError(f"depth {depth} is not 6n + 2: use a depth such as 8, 20, 56 or 110 (nearest: {near})")
     if shortcut not in ("pad", "projection"):
         raise ValueError(f'unknown shortcut {shortcut!r}: use "pad" or "projection"')
-    check_kind(*FLAG, preactivation=preactivation, batch_norm=batch_norm)
-    if not (batch_norm or preactivation):
-        raise ValueError("without batch norm there is the pre-activation form alone: leave out preactivation=False")
+    check_kind(*FLAG, preactivation=preactivation, batch_norm=batch_norm, norm_stem=norm_stem)
+    if not batch_norm and (norm_stem or not preactivation):
+        what = "without batch norm there is the pre-activation form alone"
+        raise ValueError(f"{what}: leave out preactivation=False and norm_stem")
     with _seeded(seed, in_channels=in_channels, classes=classes, width=width):
         units, channels = [], width
         for stage, block in product((1, 2, 3), range((depth - 2) // 6)):
@@ -94,10 +97,11 @@ def resnet(
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
         if preactivation:
             head = [*([nn.BatchNorm2d(channels)] if batch_norm else []), nn.ReLU(), *head]
-        else:
+        if norm_stem or not preactivation:
             stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
         name = f"resnet{depth}" + ("" if preactivation else "-post")
         name += ("-projection" if shortcut == "projection" else "") + ("" if batch_norm else "-nobn")
+        name += "-stem" if norm_stem and preactivation else ""
         config = {"name": name, "in_channels": in_channels, "classes": classes, "width": width}
         return _initialize(Chain(stem, units, nn.Sequential(*head), config))
 
@@ -209,9 +213,9 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
     """Return a network by its name, such as ``resnet110``, ``resnet56-post``, ``plain20`` or ``vgg15-nobn``.
 
     Args:
-        name: family and depth, then ``-post`` (2015 form), ``-projection``, ``-nobn`` (without batch norm) or ``-wide``
-            (2.5 times the channels: ``resnet20-wide`` has the parameters of ``resnet110``); last ``-joint6`` for six
-            such networks trained as one, the `Average` of a single unit.
+        name: family and depth, then ``-post`` (2015 form), ``-projection``, ``-nobn`` (without batch norm), ``-stem``
+            (batch norm and ReLU in the stem) or ``-wide`` (2.5 times the channels: ``resnet20-wide`` has the parameters
+            of ``resnet110``); last ``-joint6`` for six such networks trained as one, the `Average` of a single unit.
         dataset: ``"digits"`` or ``"cifar10"``, which sets channels and image size, and the width of a VGG (64 or 128).
         seed: of the initial weights; members of a joint network have those of separate ones.
         options: passed to `resnet`, `plain` or `vgg`, over those of the dataset.
@@ -223,11 +227,11 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         members = [build(joint[1], dataset, seed=seed * int(joint[2]) + i, **options) for i in range(int(joint[2]))]
         unit = Unit(Average(members), NoSkip(name), residual=False, name="members")
         return Chain(nn.Identity(), [unit], nn.Identity(), (members[0].config or {}) | {"name": name})
-    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn|wide))*)", str(name))
+    match = re.fullmatch(r"(resnet|plain|vgg)(\d+)((?:-(?:post|projection|nobn|stem|wide))*)", str(name))
     if not match:
         raise ValueError(f"unknown network {name!r}: expected a name such as resnet110, plain56-post or vgg15-nobn")
     family, depth, suffixes = match[1], int(match[2]), set(match[3].split("-")) - {""}
-    allowed = {"resnet": {"post", "projection", "nobn", "wide"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
+    allowed = {"resnet": {"post", "projection", "nobn", "stem", "wide"}, "plain": {"post"}, "vgg": {"nobn"}}[family]
     if suffixes - allowed:
         raise ValueError(f"{family} has no variant -{min(suffixes - allowed)}: it has {', '.join(sorted(allowed))}")
     if dataset is not None:
@@ -237,7 +241,7 @@ def build(name: str, dataset: str | None = None, *, seed: int = 0, **options: An
         vgg_only = {"image_size": size, "width": 64 if dataset == "digits" else 128} if family == "vgg" else {}
         options = {"in_channels": channels} | vgg_only | options
     kinds: dict[str, tuple[str, Any]] = {"post": ("preactivation", False), "projection": ("shortcut", "projection")}
-    kinds |= {"nobn": ("batch_norm", False), "wide": ("width", 40)}
+    kinds |= {"nobn": ("batch_norm", False), "stem": ("norm_stem", True), "wide": ("width", 40)}
     for key, meant in (kinds[suffix] for suffix in suffixes):
         if options.setdefault(key, meant) != meant:
             what = f"{name!r} means {key}={meant!r}, not {options[key]!r}"

@@ -23,6 +23,7 @@ def network_label(network: str) -> str:
         if network.startswith(family.lower()):
             depth, _, variant = network[len(family) :].partition("-")
             known = {"nobn": "without batch norm", "post": "of 2015", "joint6": "times six, as one"}
+            known["stem"] = "with batch norm in the stem"
             return f"{family}-{depth} {known.get(variant, variant)}".strip()
     return network
 
