@@ -142,16 +142,10 @@ class Origin:
 def make_parts(
     model: nn.Module, x: Any, reading: Reading, stretches: Sequence[Stretch], makers: Mapping[str, Maker]
 ) -> tuple[nn.Module, list[Unit], nn.Module, Origin]:
-    """Make units of the stretches, then the head, and last the stem, which has to serve them all.
+    """Return stem, units and head, and their origin: the stem is made last, since it has to serve all the others.
 
-    Args:
-        model: the model, in eval mode.
-        x: the example, which tells the shapes of the states; None if there is none.
-        reading: of its graph, in which the ``stretches`` were found.
-        makers: for the names of blocks whose units are known, what makes them.
-
-    Returns:
-        Stem, units and head, and their origin. Unsupported where a unit needs more of an earlier one than its state.
+    The ``makers`` make the units of the blocks of these names, a graph in which ``stretches`` were found all others.
+    Unsupported is raised where a unit needs more of an earlier one than its state.
     """
     builder = _Builder(reading)
     origin = Origin(model, reading.traced.by)

@@ -86,18 +86,11 @@ class NotABlock(Exception):
 def read(
     model: nn.Module, traced: Traced, blocks: Collection[str], by_hand: Sequence[str] | None, stream: str | None = None
 ) -> tuple[Reading, list[Stretch], list[str], list[str]]:
-    """Divide a traced model's stream into stretches.
+    """Return a reading of a traced model, its stretches in order, what to warn a user of, and what is worth a note.
 
-    Args:
-        model: the model.
-        traced: its graph.
-        blocks: names of modules whose units are known; NotABlock is raised for one that takes more than the state.
-        by_hand: names of the modules that are the units, if a user named them.
-        stream: the input that the stream starts at; the one that gives the most units when None.
-
-    Returns:
-        The reading of the graph, the stretches in order, what a user should be warned of, and what is worth a note.
-        Unsupported if no stretch is found.
+    The ``blocks`` are modules whose units are known, by name, those ``by_hand`` the ones that a user named, ``stream``
+    the input that the stream starts at, which is the one that gives the most units when None. Unsupported is raised if
+    no stretch is found, NotABlock for a block that takes more than the state.
     """
     used = [node for node in traced.inputs if node.users]
     if not used:
@@ -783,8 +776,6 @@ def _name(reading: Reading, stretch: Stretch, stretches: Sequence[Stretch]) -> s
     below = [names for node, names in stacks.items() if reading.weights([node])]
     first = [names[0] for names in below if names]
     mixers = [names[0] for node, names in stacks.items() if names and node.op != "call_module"]
-    if first and not owner and "." not in first[-1]:  # the model's own loop over a list: the entry, not the list
-        return next((name for name in below[-1] if "." in name), first[-1])
     own = [target for node in inside for arg in node.all_input_nodes for target in reading.attributes(arg)]
     return [f"{prefix}{stretch.end.name}", *own, *mixers, *first][-1]
 

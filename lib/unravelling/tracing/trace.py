@@ -417,10 +417,8 @@ def _out_of_place(traced: Traced) -> Traced:
             node.kwargs = dict(node.kwargs, inplace=False)
         elif name in IN_PLACE:
             node.target = getattr(operator, name[1:])
-        elif ends_in_place and node.op == "call_method":
-            node.target = name[:-1]
-        elif ends_in_place and hasattr(torch, name[:-1]):
-            node.target = getattr(torch, name[:-1])
+        elif ends_in_place:
+            node.target = name[:-1] if node.op == "call_method" else getattr(torch, name[:-1], node.target)
         else:
             continue
         base.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
