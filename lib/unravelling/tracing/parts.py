@@ -77,12 +77,9 @@ class Part(nn.Module):
 class Stem(nn.Module):
     """The stem of a model with several inputs, or whose units read a context: takes a tensor, a tuple or a dict.
 
-    Args:
-        code: computes y_0 and the context's values from the ``inputs`` of these names.
-        context: where the values go, under their ``names``.
-        sizes: of inputs, numbers or names of equal sizes: the code would compute something else at others.
-        guards: called with the inputs in order, raises AssertionError where the code is not right for their sizes.
-        shift_labels: whether labels in a dict are the tokens themselves, to be compared with the logits before them.
+    Its ``code`` computes y_0 and the context's values, which go there under their ``names``, from the ``inputs`` of
+    these names; ``sizes`` and ``guards`` are those of `Traced`. With ``shift_labels``, the labels in a dict are the
+    tokens themselves, to be compared with the logits before them.
     """
 
     def __init__(

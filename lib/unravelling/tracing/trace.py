@@ -52,10 +52,7 @@ def logits_of(output: Any) -> Any:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """Call a model on a tensor, a tuple of arguments, or a dict of keyword arguments; return its logits.
-
-    It is handed copies, since it may overwrite its input.
-    """
+    """Return a model's logits for an input, `arguments`, of which it is handed a copy, since it may overwrite it."""
     args, kwargs = tree_map_only(Tensor, torch.clone, arguments(x))
     return logits_of(model(*args, **kwargs))
 
@@ -397,8 +394,7 @@ def _drop_casts(graph: fx.Graph) -> None:
 def _out_of_place(traced: Traced) -> Traced:
     """Replace operations in place by ordinary ones: what reads the overwritten value later reads the new one.
 
-    Raises:
-        Unsupported: part of a tensor is assigned to.
+    Unsupported is raised where it is read by another name.
     """
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     for node in list(traced.graph.nodes):
