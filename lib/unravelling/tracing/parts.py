@@ -78,7 +78,7 @@ class Stem(nn.Module):
     """The stem of a model with several inputs, or whose units read a context: takes a tensor, a tuple or a dict.
 
     Its ``code`` computes y_0 and the context's values, which go there under their ``names``, from the ``inputs`` of
-    these names; ``sizes`` and ``guards`` are those of `Traced`. With ``shift_labels``, the labels in a dict are the
+    these names; ``sizes`` and ``guards`` are those of the trace. With ``shift_labels``, the labels in a dict are the
     tokens themselves, to be compared with the logits before them.
     """
 

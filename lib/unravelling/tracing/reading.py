@@ -54,7 +54,7 @@ Terms = list[tuple[fx.Node, float]]
 """Nodes, and the factors they enter a sum with."""
 
 Sums = dict[fx.Node, tuple[fx.Node, bool, bool]]
-"""Additions of two values that descend from one: that one, whether it is one of them, and whether weights are added."""
+"""Additions of two values that descend from one, each with that one, whether it is one of them, and has weights."""
 
 
 @dataclass

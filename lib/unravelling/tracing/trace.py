@@ -52,7 +52,7 @@ def logits_of(output: Any) -> Any:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """Return a model's logits for an input, `arguments`, of which it is handed a copy, since it may overwrite it."""
+    """Return a model's logits for an input, of which it is handed a copy, since it may overwrite it."""
     args, kwargs = tree_map_only(Tensor, torch.clone, arguments(x))
     return logits_of(model(*args, **kwargs))
 
@@ -425,7 +425,7 @@ def _out_of_place(traced: Traced) -> Traced:
 
 
 FUSED = {"lerp", "addcmul", "addcdiv", "addmm", "baddbmm", "index_add", "scatter_add"}
-"""Operations with an addition in them: a multiple of their first argument, and what they make of zeros in its place."""
+"""Operations that add a multiple of their first argument to what they make of zeros in its place."""
 
 
 def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
