@@ -90,10 +90,7 @@ def settings() -> dict[str, Any]:
 
 
 def bootstrap(beside: str | None = None) -> str:
-    """The code of the Colab cell, for a notebook that imports a module from beside it, or none of these.
-
-    The repository's address comes from _config.yml.
-    """
+    """The code of the Colab cell, for a notebook that imports a module from beside it, or none of these."""
     address = settings()["repository"]
     url = address["url"].rstrip("/")
     cell = (ROOT / "scripts/colab.txt").read_text().rstrip()

@@ -121,6 +121,35 @@ def test_fused_and_plain_additions_are_units(kind):
     assert not any("additions became units" in note for note in chain.notes)
 
 
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.lin_skip = linear(), linear()
+
+    def forward(self, x):
+        return F.relu(self.conv(x)) + torch.tanh(self.lin_skip(x))
+
+
+def test_of_two_ways_with_as_many_weights_the_one_that_is_called_a_skip_is_one():
+    model = seeded(lambda: nn.Sequential(linear(), Conv(), Conv(), linear()))
+    chain = unravel(model, X)
+    exact(chain, model, units=2)
+    y = chain.stem(X)
+    assert torch.equal(chain.units[0].skip(y), torch.tanh(model[1].lin_skip(y)))
+
+
+def test_what_prepares_both_ways_of_the_first_block_is_no_part_of_the_stem():
+    model = net(lambda s, x: (h := s.ln(x)) + s.a(torch.tanh(h)))
+    chain = quiet(model)
+    exact(chain, model, units=3)
+    assert torch.equal(chain.stem(X), model[0](X))
+
+
+def test_a_sequence_that_is_the_branch_names_the_unit():
+    model = wrapped(lambda s, x: s.o((h := s.i(x)) + s.body(h)), lambda: nn.Sequential(linear(), nn.ReLU(), linear()))
+    assert [unit.name for unit in quiet(model).units] == ["body"]
+
+
 def test_a_deleted_lerp_is_an_edit_of_the_source():
     model = net(SECOND["lerp"])
     chain = unravel(model, X)

@@ -77,12 +77,9 @@ class Part(nn.Module):
 class Stem(nn.Module):
     """The stem of a model with several inputs, or whose units read a context: takes a tensor, a tuple or a dict.
 
-    Args:
-        code: computes y_0 and the context's values from the ``inputs`` of these names.
-        context: where the values go, under their ``names``.
-        sizes: of inputs, numbers or names of equal sizes: the code would compute something else at others.
-        guards: called with the inputs in order, raises AssertionError where the code is not right for their sizes.
-        shift_labels: whether labels in a dict are the tokens themselves, to be compared with the logits before them.
+    Its ``code`` computes y_0 and the context's values, which go there under their ``names``, from the ``inputs`` of
+    these names; ``sizes`` and ``guards`` are those of the trace. With ``shift_labels``, the labels in a dict are the
+    tokens themselves, to be compared with the logits before them.
     """
 
     def __init__(
@@ -142,16 +139,10 @@ class Origin:
 def make_parts(
     model: nn.Module, x: Any, reading: Reading, stretches: Sequence[Stretch], makers: Mapping[str, Maker]
 ) -> tuple[nn.Module, list[Unit], nn.Module, Origin]:
-    """Make units of the stretches, then the head, and last the stem, which has to serve them all.
+    """Return stem, units and head, and their origin: the stem is made last, since it has to serve all the others.
 
-    Args:
-        model: the model, in eval mode.
-        x: the example, which tells the shapes of the states; None if there is none.
-        reading: of its graph, in which the ``stretches`` were found.
-        makers: for the names of blocks whose units are known, what makes them.
-
-    Returns:
-        Stem, units and head, and their origin. Unsupported where a unit needs more of an earlier one than its state.
+    The ``makers`` make the units of the blocks of these names, a graph in which ``stretches`` were found all others.
+    Unsupported is raised where a unit needs more of an earlier one than its state.
     """
     builder = _Builder(reading)
     origin = Origin(model, reading.traced.by)

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from .trace import Traced, Unsupported, calls_of, identity, name_of, split_sums
 
-SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0, "subtract": -1.0}
+SUMS = {"add": 1.0, "__add__": 1.0, "sub": -1.0, "__sub__": -1.0, "subtract": -1.0, "rsub": -1.0}
 MERGES = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
 SUMMED = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "mv", "tensordot", "nansum", "cumsum", "avg_pool1d"}
 SCATTERED = {"scatter_reduce": ("sum", "mean"), "index_reduce": ("mean",), "index_put": (True,)}  # and how they add
@@ -52,6 +52,9 @@ Key = str
 
 Terms = list[tuple[fx.Node, float]]
 """Nodes, and the factors they enter a sum with."""
+
+Sums = dict[fx.Node, tuple[fx.Node, bool, bool]]
+"""Additions of two values that descend from one, each with that one, whether it is one of them, and has weights."""
 
 
 @dataclass
@@ -83,18 +86,11 @@ class NotABlock(Exception):
 def read(
     model: nn.Module, traced: Traced, blocks: Collection[str], by_hand: Sequence[str] | None, stream: str | None = None
 ) -> tuple[Reading, list[Stretch], list[str], list[str]]:
-    """Divide a traced model's stream into stretches.
+    """Return a reading of a traced model, its stretches in order, what to warn a user of, and what is worth a note.
 
-    Args:
-        model: the model.
-        traced: its graph.
-        blocks: names of modules whose units are known; NotABlock is raised for one that takes more than the state.
-        by_hand: names of the modules that are the units, if a user named them.
-        stream: the input that the stream starts at; the one that gives the most units when None.
-
-    Returns:
-        The reading of the graph, the stretches in order, what a user should be warned of, and what is worth a note.
-        Unsupported if no stretch is found.
+    The ``blocks`` are modules whose units are known, by name, those ``by_hand`` the ones that a user named, ``stream``
+    the input that the stream starts at, which is the one that gives the most units when None. Unsupported is raised if
+    no stretch is found, NotABlock for a block that takes more than the state.
     """
     used = [node for node in traced.inputs if node.users]
     if not used:
@@ -102,8 +98,8 @@ def read(
     names = [traced.inputs[node] for node in used]
     if stream is not None and stream not in names:
         raise Unsupported(f"stream={stream!r} names no input that the model uses: these are {', '.join(names)}")
-    best, most, last = None, 0, None
-    found: tuple[Reading, list[Stretch], list[str]] | None = None
+    best: tuple[Reading, list[Stretch], list[str]] | None = None
+    found = best
     refusal = Unsupported("")
     sources = sorted(used, key=lambda node: traced.inputs[node] not in PREFERRED)
     for source, held in product(sources, (False, True)):
@@ -112,23 +108,17 @@ def read(
             continue
         if held and found is not None and not _lost(*found[:2]):
             continue
-        if found is not None:
-            found[0].restore()  # the next reading starts from the graph as it was
-        last = source, held
+        own, copies = traced.copy()  # which a reading changes
         try:
-            found = _read_from(model, Reading(traced, source), blocks, by_hand, held)
+            found = _read_from(model, Reading(own, copies[source]), blocks, by_hand, held)
         except Unsupported as error:
             found, refusal = None, refusal if str(refusal) else error
             continue
-        if len(found[1]) > max(most, held):
-            best, most = last, len(found[1])
+        if len(found[1]) > max(len(best[1]) if best else 0, held):
+            best = found
     if best is None:
         raise refusal
-    if found is None or last != best:
-        if found is not None:
-            found[0].restore()
-        found = _read_from(model, Reading(traced, best[0]), blocks, by_hand, best[1])
-    reading, stretches, warnings = found
+    reading, stretches, warnings = best
     _share_out(reading, stretches)
     for stretch in stretches:
         stretch.output = reading.output(stretch.post)
@@ -141,7 +131,7 @@ def read(
             f"{beside} more addition{'s lead' if beside > 1 else ' leads'} to other outputs of the model than the one "
             "taken for its logits: for a chain to another one, unravel a wrapper that returns it alone"
         )
-    if reading.source.meta.get("copies"):
+    if reading.holds:
         notes.append("later units read values from within the first: the stem computes them, so that they outlast it")
     data, first = reading.data_from(reading.entry), reading.order[stretches[0].state]
     read_later = {arg for node in reading.active if reading.order[node] > first for arg in node.all_input_nodes}
@@ -150,7 +140,7 @@ def read(
     functions = {name_of(node) for node in reading.active if node.op != "call_module"}
     if fixed := sorted(name for name in functions if "dropout" in name or "batch_norm" in name):
         notes.append(f"{', '.join(fixed)}: computed as in eval mode, even where the chain is in training mode")
-    start = traced.inputs[reading.entry]
+    start = reading.traced.inputs[reading.entry]
     others = [name for name in names if name != start]
     if others:
         told = f"the stream starts at {start!r}, and the units are handed {', '.join(map(repr, others))} beside it"
@@ -172,17 +162,13 @@ def _read_from(
         inner = _begins_within(reading, stretches)
         if inner is None:
             break
-        reading = reading.rerooted(*inner)
+        reading, _ = reading.rerooted(*inner)
         stretches, causes = _stretches(model, reading, blocks, by_hand)
         if len(stretches) > max(1, len(best[1])):
             best = reading, stretches, causes
-    if reading is not best[0]:
-        reading.restore(best[0])
     reading, stretches, causes = best
     if not stretches:
-        why = _nothing_found(model, reading, causes)
-        reading.restore()
-        raise Unsupported(why)
+        raise Unsupported(_nothing_found(model, reading, causes))
     warnings = _told(reading, causes)
     computed = [s for s in stretches if s.skip and s.branch and not s.exact_skip]
     loaded = [s for s in computed if reading.weights(n for node, _ in s.skip for n in reading.between(s.start, node))]
@@ -228,9 +214,10 @@ def place(reading: Reading, node: fx.Node) -> str:
 class Reading:
     """What is known of a traced model: where the stream runs, its cuts, and which module computes what."""
 
-    def __init__(self, traced: Traced, source: fx.Node, outer: Reading | None = None) -> None:
-        self.traced, self.source = traced, source
-        self.entry: fx.Node = outer.entry if outer else source
+    def __init__(self, traced: Traced, source: fx.Node, entry: fx.Node | None = None) -> None:
+        self.traced, self.source, self.holds = traced, source, False
+        self.entry = source if entry is None else entry
+        self.known: Sums = {}  # in the reading of a longer stream
         self._survey()
         if traced.output not in self.active:
             raise Unsupported(f"the logits do not depend on the input {traced.inputs.get(source, source.name)!r}")
@@ -242,8 +229,6 @@ class Reading:
         self.cuts.reverse()
         self.place = {node: i for i, node in enumerate(self.cuts)}
         self.sums = self._sums()
-        # additions in the reading of a longer stream
-        self.known: dict[fx.Node, tuple[fx.Node, bool, bool]] = outer.known | outer.sums if outer else {}
 
     def _survey(self) -> None:
         nodes = list(self.traced.graph.nodes)
@@ -277,16 +262,20 @@ class Reading:
                             other = self.dominator[other]
                 self.dominator[node] = common
 
-    def rerooted(self, start: fx.Node, end: fx.Node) -> Reading:
-        """Return a reading of the stream that leaves ``start`` for ``end`` alone: its other ways belong to the stem."""
-        inside = self.between(start, end)
-        with self.traced.graph.inserting_after(start):
-            state = self.traced.graph.call_function(identity, (start,))
-        state.meta = {key: value for key, value in start.meta.items() if key not in ("nn_module_stack", "copies")}
-        for user in list(start.users):
-            if user in inside:
-                user.replace_input_with(start, state)
-        return Reading(self.traced, state, self)
+    def rerooted(self, start: fx.Node, end: fx.Node) -> tuple[Reading, dict[fx.Node, fx.Node]]:
+        """Return a reading of the stream that leaves ``start`` for ``end`` alone: its other ways belong to the stem.
+
+        It is that of a copy of the graph, whose nodes are returned by those of this one.
+        """
+        traced, copies = self.traced.copy()
+        with traced.graph.inserting_after(copies[start]):
+            state = traced.graph.call_function(identity, (copies[start],))
+        state.meta = {key: value for key, value in start.meta.items() if key != "nn_module_stack"}
+        for user in start.users.keys() & self.between(start, end):
+            copies[user].replace_input_with(copies[start], state)
+        reading, known = Reading(traced, state, copies[self.entry]), self.known | self.sums
+        reading.known = {copies[n]: (copies[early], skip, loaded) for n, (early, skip, loaded) in known.items()}
+        return reading, copies
 
     def holding(self) -> Reading:
         """Return a reading from the start of an early sum on, in which the stem computes all that other ways bring.
@@ -307,17 +296,16 @@ class Reading:
                 break
         else:
             raise Unsupported("")
-        copies: dict[fx.Node, fx.Node] = {}
+        held: dict[fx.Node, fx.Node] = {}
         for node in sorted(needed, key=self.order.__getitem__):
             with self.traced.graph.inserting_after(node):
-                copies[node] = self.traced.graph.node_copy(node, lambda arg: copies.get(arg, arg))
+                held[node] = self.traced.graph.node_copy(node, lambda arg: held.get(arg, arg))
             for user in late[node]:
-                user.replace_input_with(node, copies[node])
-        reading = self.rerooted(start, self.traced.output)
-        reading.source.meta["copies"] = copies
-        later = {user for users in late.values() for user in users} & reading.place.keys()
+                user.replace_input_with(node, held[node])
+        reading, copies = self.rerooted(start, self.traced.output)
+        reading.holds = bool(held)
+        later = {user for users in late.values() for user in users if copies[user] in reading.place}
         if any(self.sums[user][1] for user in later & self.sums.keys()):  # skips cross
-            reading.restore()
             raise Unsupported("")
         return reading
 
@@ -347,18 +335,6 @@ class Reading:
                     changed = True
         self._survey()
         return changed
-
-    def restore(self, reading: Reading | None = None) -> None:
-        """Undo what `rerooted` did to the graph, for the sake of another reading of it."""
-        while self.source.target is identity and (reading is None or self.source is not reading.source):
-            state, self.source = self.source, self.source.args[0]  # type: ignore[assignment]
-            state.replace_all_uses_with(self.source)
-            self.traced.graph.erase_node(state)
-            for node, copied in reversed(state.meta.get("copies", {}).items()):
-                copied.replace_all_uses_with(node)
-                self.traced.graph.erase_node(copied)
-        if reading is not None:
-            reading._survey()
 
     def data_from(self, source: fx.Node) -> set[fx.Node]:
         """Return the nodes that data flows to from a node, itself among them."""
@@ -462,6 +438,7 @@ class Reading:
         sign = SUMS.get(name_of(node)) if node.op in ("call_function", "call_method") else None
         first = [node.kwargs["input"]] if "input" in node.kwargs else []
         args = [*first, *node.args, node.kwargs.get("other", node.kwargs.get("value"))][:2]
+        args = args[::-1] if name_of(node) == "rsub" else args
         nodes = [arg for arg in args if isinstance(arg, fx.Node) and arg in self.active]
         alpha = node.kwargs.get("alpha", 1) or 1
         if sign is None or len(nodes) < 2 or not isinstance(alpha, (int, float)):
@@ -494,7 +471,7 @@ class Reading:
             return []
         return values if later & SUMMED else []
 
-    def _sums(self) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:
+    def _sums(self) -> Sums:
         """Return the additions of two values that descend from one: that one, whether it is one of them, has weights.
 
         Sums without weights of values that are both computed count for nothing, such as those in a rotation.
@@ -629,7 +606,7 @@ def _begins_within(reading: Reading, stretches: list[Stretch]) -> tuple[fx.Node,
     return (clear[outer[0]][0], outer[0]) if outer else None
 
 
-def _lost(reading: Reading, stretches: list[Stretch]) -> dict[fx.Node, tuple[fx.Node, bool, bool]]:
+def _lost(reading: Reading, stretches: list[Stretch]) -> Sums:
     """Return the additions that are part of no unit's sum."""
     summed: set[fx.Node] = set()
     for s in stretches:
@@ -799,8 +776,6 @@ def _name(reading: Reading, stretch: Stretch, stretches: Sequence[Stretch]) -> s
     below = [names for node, names in stacks.items() if reading.weights([node])]
     first = [names[0] for names in below if names]
     mixers = [names[0] for node, names in stacks.items() if names and node.op != "call_module"]
-    if first and not owner and "." not in first[-1]:  # the model's own loop over a list: the entry, not the list
-        return next((name for name in below[-1] if "." in name), first[-1])
     own = [target for node in inside for arg in node.all_input_nodes for target in reading.attributes(arg)]
     return [f"{prefix}{stretch.end.name}", *own, *mixers, *first][-1]
 
@@ -821,11 +796,12 @@ def _zeros(reading: Reading, stretch: Stretch) -> list[tuple[str, int]]:
             found.append(end)
             continue
         pair = reading.operands(node)
-        if pair is None and name_of(node) in KEEP_ZEROS:
-            factors = [n for n in reading.stream_args(node) if reading.order[n] > reading.order[stretch.start]]
+        name = name_of(node)
+        if pair is None and (name in KEEP_ZEROS or "split" in node.meta):
+            divisor = [*node.args, *node.kwargs.values()][2 if name == "addcdiv" else 1] if "div" in name else None
+            factors = [n for n in reading.stream_args(node) if n is not divisor]
+            factors = [n for n in factors if reading.order[n] > reading.order[stretch.start]]
             outputs = [n for n in factors if reading.output(n, outside=stretch.end)]
-            if name_of(node) in ("div", "truediv") and factors[:1] != [node.args[0]]:
-                factors = outputs = []
             pair = [(n, 1.0) for n in (outputs or factors)[:1]]
         if not pair:
             return []

@@ -12,7 +12,7 @@ import logging
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, cast
 from unittest.mock import patch
@@ -52,10 +52,7 @@ def logits_of(output: Any) -> Any:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """Call a model on a tensor, a tuple of arguments, or a dict of keyword arguments; return its logits.
-
-    It is handed copies, since it may overwrite its input.
-    """
+    """Return a model's logits for an input, of which it is handed a copy, since it may overwrite it."""
     args, kwargs = tree_map_only(Tensor, torch.clone, arguments(x))
     return logits_of(model(*args, **kwargs))
 
@@ -126,6 +123,15 @@ class Traced:
     def get(self, target: Any) -> Any:
         """Return the module, parameter or buffer that a node's target names."""
         return self.replaced.get(target) or self.lookup(target)
+
+    def copy(self) -> tuple[Traced, dict[fx.Node, fx.Node]]:
+        """Return the same with a graph of its own, whose node stands for which one of this."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        inputs = {copies[node]: name for node, name in self.inputs.items()}
+        return replace(self, graph=graph, inputs=inputs, output=copies[self.output]), copies
 
 
 def name_of(node: fx.Node) -> str:
@@ -388,8 +394,7 @@ def _drop_casts(graph: fx.Graph) -> None:
 def _out_of_place(traced: Traced) -> Traced:
     """Replace operations in place by ordinary ones: what reads the overwritten value later reads the new one.
 
-    Raises:
-        Unsupported: part of a tensor is assigned to.
+    Unsupported is raised where it is read by another name.
     """
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     for node in list(traced.graph.nodes):
@@ -408,10 +413,8 @@ def _out_of_place(traced: Traced) -> Traced:
             node.kwargs = dict(node.kwargs, inplace=False)
         elif name in IN_PLACE:
             node.target = getattr(operator, name[1:])
-        elif ends_in_place and node.op == "call_method":
-            node.target = name[:-1]
-        elif ends_in_place and hasattr(torch, name[:-1]):
-            node.target = getattr(torch, name[:-1])
+        elif ends_in_place:
+            node.target = name[:-1] if node.op == "call_method" else getattr(torch, name[:-1], node.target)
         else:
             continue
         base.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
@@ -421,19 +424,14 @@ def _out_of_place(traced: Traced) -> Traced:
     return traced
 
 
-FUSED = {
-    "add": ("input", "other"), "rsub": ("input", "other"), "lerp": ("input", "end", "weight"),
-    "addcmul": ("input", "tensor1", "tensor2"), "addcdiv": ("input", "tensor1", "tensor2"),
-    "addmm": ("input", "mat1", "mat2"), "baddbmm": ("input", "batch1", "batch2"),
-    "index_add": ("input", "dim", "index", "source"), "scatter_add": ("input", "dim", "index", "src"),
-}
-"""Operations with an addition in them, and the names of their arguments."""
+FUSED = {"lerp", "addcmul", "addcdiv", "addmm", "baddbmm", "index_add", "scatter_add"}
+"""Operations that add a multiple of their first argument to what they make of zeros in its place."""
 
 
 def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
     """Write additions that are part of an operation on two values of the stream as ones of their own; tell if any is.
 
-    Such are ``addcmul``, ``lerp``, ``addmm``, ``baddbmm``, the sum or mean over a stack, and the 0 of Python's ``sum``.
+    Such are those of ``FUSED``, the sum or mean over a stack, and the 0 of Python's ``sum``.
     """
     graph, stream, found = traced.graph, set(stream), False
     for node in [node for node in graph.nodes if node in stream]:
@@ -444,13 +442,9 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
             new.meta = dict(node.meta, split=True)
             return new
 
-        name, args, options = name_of(node), list(node.args), dict(node.kwargs)
-        for own in FUSED.get(name, ())[len(args) :]:  # arguments by name, in the order of their places
-            if own not in options:
-                break
-            args.append(options.pop(own))
-        active = [isinstance(arg, fx.Node) and arg in stream for arg in args]
-        fused = len(args) == 3 and active[0] and any(active[1:])
+        name, options = name_of(node), dict(node.kwargs)
+        args = [*([options.pop("input")] if "input" in options else []), *node.args]
+        active = [isinstance(arg, fx.Node) and arg in stream for arg in (*args, *options.values())]
         stack = next((a for a in args[:1] if name in ("sum", "mean") and name_of(a) == "stack"), None)
         if name == "add" and len(args) > 1 and args[0] == 0 and isinstance(args[1], fx.Node):
             new = args[1]
@@ -462,21 +456,14 @@ def split_sums(traced: Traced, stream: Collection[fx.Node]) -> bool:
             terms = cast("list[fx.Node]", stack.args[0])
             new = reduce(partial(call, torch.add), terms)
             new = call(operator.truediv, new, len(terms)) if name == "mean" else new
-        elif fused and name == "lerp":
-            rest = call(operator.sub, 1, args[2])
-            new = call(torch.add, call(torch.mul, args[0], rest), call(torch.mul, args[1], args[2]))
-        elif fused and name in ("addcmul", "addcdiv") and not options.keys() - {"value"}:
-            product = call(torch.mul if name == "addcmul" else torch.div, args[1], args[2])
-            new = call(torch.add, args[0], call(torch.mul, product, options["value"]) if options else product)
-        elif fused and name in ("addmm", "baddbmm") and not options.keys() - {"alpha", "beta"}:
-            state = call(torch.mul, args[0], options["beta"]) if options.get("beta", 1) != 1 else args[0]
-            product = call(torch.matmul, args[1], args[2])
-            product = call(torch.mul, product, options["alpha"]) if options.get("alpha", 1) != 1 else product
-            new = call(torch.add, state, product)
-        elif name == "rsub" and len(args) == 2 and all(active) and not options:
-            new = call(torch.sub, args[1], args[0])
-        elif name in ("index_add", "scatter_add") and len(args) == 4 and active[0] and active[3] and not options:
-            new = call(torch.add, args[0], call(getattr(torch, name), call(torch.zeros_like, args[0]), *args[1:]))
+        elif name in FUSED and active[0] and any(active[1:]):
+            kept = options.get("beta", 1)
+            kept = call(operator.sub, 1, [*args, *options.values()][2]) if name == "lerp" else kept
+            zeros = call(torch.zeros_like, args[0])
+            with graph.inserting_before(node):
+                added = graph.node_copy(node)
+            added.args, added.kwargs, added.meta = (zeros, *args[1:]), options, dict(node.meta, split=True)
+            new = call(torch.add, args[0] if kept == 1 else call(torch.mul, args[0], kept), added)
         else:
             continue
         found = True
