@@ -393,7 +393,7 @@ def test_library_has_no_circle_and_imports_go_down():
     sources = modules(SOURCE)
     assert circles(sources) == []
     assert upward(sources, FLOORS) == []
-    assert sum(len(source.splitlines()) for source in sources.values()) <= 5835
+    assert sum(len(source.splitlines()) for source in sources.values()) <= 5840
 
 
 @pytest.mark.parametrize(("source", "circle", "complaints"), [
