@@ -158,6 +158,7 @@ def functional(name, chain, x):
 )
 def test_the_whole_network_by_hand(name):
     chain = randomized(build(name, "cifar10", width=4), dtype=torch.float64)
+    assert chain.config["name"] == name
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert_close(chain(x), functional(name, chain, x), rtol=1e-10, atol=1e-12)
 

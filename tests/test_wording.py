@@ -145,6 +145,8 @@ def test_data_sets_side_by_side_have_a_column_each_and_a_dash_where_one_says_not
         pending(both("delete_random", "resnet110"), "resnet110", "vgg15"),
     ]
     assert side_by_side(both("reorder"), lambda rows: {"never": ""}) == ""
+    one = both("delete_random", "resnet110")["cifar10"]
+    assert side_by_side({"cifar10": one, "digits": one}, lambda rows: {"rows": "1"}).count("One seed") == 1
 
 
 VALUES = [0.1, 0.2, 0.4]
