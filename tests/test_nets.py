@@ -175,6 +175,18 @@ def test_pad_keeps_every_other_pixel_and_appends_zeros():
 
 
 @pytest.mark.parametrize(
+    "name", ["resnet14", "resnet14-post", "resnet14-projection", "resnet14-nobn", "plain14", "vgg15"]
+)
+def test_states_and_their_gradients_keep_the_layout_that_is_fast(name):
+    chain = build(name, "cifar10", width=4).to(memory_format=torch.channels_last)
+    states = chain.trace(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    images = [state for state in states if state.requires_grad and state.shape[2:] != (1, 1)]
+    gradients = torch.autograd.grad(chain.head(states[-1]).sum(), images)[:-1]  # the last is one number a channel
+    for tensor in (*images, *gradients):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
     ("options", "sides"),
     [
         ({"in_channels": 1, "image_size": 8, "width": 4}, [8, 8, 4, 4, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]),
