@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,19 @@ from measuring import Arms, LiveBytes, compare
 from nnsight import NNsight
 from torch import Tensor
 from torch.autograd import grad
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
-from unravelling import RECIPES, Chain, Dataset, Split, build, digits, fit, gradient_by_length, unravel
+from unravelling import RECIPES, Chain, Dataset, Split, build, digits, fit, gradient_by_length, load, unravel
 from unravelling.lesion import delete_each, evaluate_variants, variant_logits
+from unravelling.nets import SHAPES, Pad
 from unravelling.paths import sample_path_gradients
+from unravelling.stats import wilson
 from unravelling.train import evaluate
 
 RESULTS = Path(__file__).parents[1] / "data/speed.csv"
+SLICED = "fit, shortcuts by a slice"
 Tables = Iterator[pd.DataFrame]
 
 
@@ -114,7 +118,7 @@ def deletions(rounds: int) -> Tables:
     """Delete each unit: of the paper's network at two sizes of image, of a ResNet-50, of a language model."""
     from torchvision.models import resnet50
 
-    small, large = build("resnet110", "digits").eval(), build("resnet110", "cifar10").eval()
+    small, large = (build("resnet110", name).eval().to(memory_format=torch.channels_last) for name in SHAPES)
     cases = [(f"ResNet-110, 8 × 8, batch {batch}", small, *images((batch, 1, 8, 8))) for batch in (8, 32, 128, 500)]
     cases.append(("ResNet-110, 32 × 32, batch 16", large, *images((16, 3, 32, 32))))
     x, y = images((4, 3, 224, 224), 1000)
@@ -131,33 +135,54 @@ def deletions(rounds: int) -> Tables:
             logits = torch.from_numpy(ours[..., 0] if other is captum else ours)
             torch.testing.assert_close(other(chain, few), logits, atol=1e-4, rtol=1e-4)
             arms[name] = partial(other, chain, x)
+        arms["delete_each in bfloat16"] = partial(delete_each, chain, [(x, y)], dtype=torch.bfloat16)
         yield compare("delete each unit", setting, arms, rounds, chain=chain)
 
 
 def many(rounds: int) -> Tables:
-    """Hundreds of lesions of one network: random deletions, in float32 and bfloat16, and with units compiled."""
-    chain, (x, y) = build("resnet110", "digits").eval(), digits().test.batches(128)[0]
-    random, n = np.random.default_rng(0), len(chain)
-    gone = [set(random.choice(n, 10, replace=False).tolist()) for _ in range(100)]
-    variants = [tuple(~i if i in drawn else i for i in range(n)) for drawn in gone]
+    """Many lesions of one network, each of 10 random units: in float32 and bfloat16, and with units compiled.
 
-    def one_by_one() -> None:
-        with torch.inference_mode():
-            for drawn in gone:
-                chain.without(*drawn)(x)
+    Of a trained network also how far errors in bfloat16 are from those in float32: ``error``, the mean over the draws,
+    ``difference``, the largest of any draw, and ``of_interval``, the largest in half widths of a draw's 95 % interval.
+    """
+    trained, large = load("digits/resnet110-seed0"), build("resnet110", "cifar10").eval()
+    large.to(memory_format=torch.channels_last)
+    test, half = digits().test, torch.bfloat16
+    cases: list[tuple[str, Chain, Any, int]] = [
+        (f"ResNet-110, 8 × 8, {len(test)} images", trained, test.batches(125), 100),
+        ("ResNet-110, 32 × 32, batch 32", large, [images((32, 3, 32, 32))], 20),
+    ]
+    for setting, chain, batches, draws in cases:
+        random, n = np.random.default_rng(0), len(chain)
+        gone = [set(random.choice(n, 10, replace=False).tolist()) for _ in range(draws)]
+        variants = [tuple(~i if i in drawn else i for i in range(n)) for drawn in gone]
 
-    def half() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            evaluate_variants(chain, [(x, y)], variants)
+        def one_by_one(chain: Chain = chain, batches: Any = batches, gone: list[set[int]] = gone) -> None:
+            with torch.inference_mode():
+                for (x, _), drawn in product(batches, gone):
+                    chain.without(*drawn)(x)
 
-    fast = compiled(chain)
-    arms: Arms = {
-        "evaluate_variants": lambda: evaluate_variants(chain, [(x, y)], variants),
-        "a loop over without": one_by_one,
-        "evaluate_variants, units compiled": lambda: evaluate_variants(fast, [(x, y)], variants),
-        "evaluate_variants in bfloat16": half,
-    }
-    yield compare("100 draws of 10 deletions", "ResNet-110, 8 × 8, batch 128", arms, rounds, chain=chain)
+        fast, run = compiled(chain), partial(evaluate_variants, data=batches, variants=variants)
+        arms: Arms = {
+            "evaluate_variants": partial(run, chain),
+            "a loop over without": one_by_one,
+            "evaluate_variants, units compiled": partial(run, fast),
+            "evaluate_variants in bfloat16": partial(run, chain, dtype=half),
+            "evaluate_variants in bfloat16, units compiled": partial(run, fast, dtype=half),
+        }
+        for arm in arms.values():
+            arm()  # since what is compiled within the counting round is not what runs outside
+        table = compare("draws of 10 deletions", f"{setting}, {draws} draws", arms, rounds, chain=chain)
+        table = table.set_index("arm")
+        if chain is trained:
+            wrong, _ = run(chain)
+            low, high = wilson(wrong.sum(1), wrong.shape[1])
+            for name in (name for name in arms if name.startswith("evaluate_variants")):
+                other, _ = arms[name]()
+                apart = np.abs(other.mean(1) - wrong.mean(1))
+                found = other.mean(), apart.max(), (apart / (high - low) * 2).max()
+                table.loc[name, ["error", "difference", "of_interval"]] = found
+        yield table.reset_index()
 
 
 # ---------------------------------------------------------------- gradients
@@ -240,6 +265,23 @@ def noise_dataset(count: int) -> Dataset:
     return Dataset("noise", split, one, one, tuple("0123456789"))
 
 
+class Slice(Pad):
+    """The same shortcut by a slice, whose gradients, and so all gradients below, are in another layout than states."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map what `Pad` does, to the same values."""
+        return pad(y[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
+
+
+def sliced(network: str, device: str = "cpu") -> Chain:
+    """Return a network with `Slice` in its shortcuts."""
+    chain = build(network, "cifar10").to(device)
+    for unit in chain.units:
+        if isinstance(unit.skip, Pad):
+            unit.skip = Slice(unit.skip.extra_channels, unit.skip.stride)
+    return chain
+
+
 def training(rounds: int) -> Tables:
     """One epoch of training on images of CIFAR-10's size, end to end; and the share of it that loading takes."""
     recipe = RECIPES["short"]
@@ -253,13 +295,14 @@ def training(rounds: int) -> Tables:
         def ours(chain: Chain, data: Dataset = data) -> None:
             fit(chain, data, recipe, stop_after=1, progress=False)
 
-        plain, fast = build(network, "cifar10"), build(network, "cifar10")
+        plain, fast, other = build(network, "cifar10"), build(network, "cifar10"), sliced(network)
         for unit in fast.units:
             unit.compile()  # in the round that is not measured
         arms: Arms = {
             "fit": lambda chain=plain: ours(chain),
             "DataLoader and torchvision": lambda n=network, d=data: ordinary_epoch(n, d, recipe.batch_size, 0),
             "fit, units compiled": lambda chain=fast: ours(chain),
+            SLICED: lambda chain=other: ours(chain),
             "fit's batches alone": batches,
         }
         label = network.replace("resnet", "ResNet-")
@@ -269,12 +312,13 @@ def training(rounds: int) -> Tables:
 def training_on_gpu(rounds: int) -> Tables:
     """The same on a GPU: bfloat16 and a CUDA graph, beside the ordinary loop in PyTorch's own float32."""
     recipe, device = RECIPES["short"], "cuda"
-    data = noise_dataset(12_800)
+    data = noise_dataset(44_928)  # as many steps as an epoch of CIFAR-10 has
     for network in ("resnet20", "resnet56", "resnet110"):
-        chain = build(network, "cifar10").to(device)
+        chain, other = build(network, "cifar10").to(device), sliced(network, device)
         arms: Arms = {
             "fit, graph": lambda c=chain: fit(c, data, recipe, stop_after=1, progress=False, graph=True),
             "DataLoader and torchvision": lambda n=network: ordinary_epoch(n, data, recipe.batch_size, 8, device),
+            SLICED: lambda c=other: fit(c, data, recipe, stop_after=1, progress=False, graph=True),
         }
         label = network.replace("resnet", "ResNet-")
         work = f"one epoch of {len(data.train)} images on a GPU"
