@@ -82,7 +82,7 @@ def preserved(model: nn.Module, weights: bool = False) -> Iterator[None]:
                 part.clear()
                 (part.update if isinstance(part, dict) else part.extend)(entries)
             same = partial(torch.isclose, rtol=0, atol=0, equal_nan=True)
-            changed = [name for name, (p, old) in parameters.items() if not same(p, old).all()]
+            changed = [name for name, (p, old) in parameters.items() if not (torch.equal(p, old) or same(p, old).all())]
             for tensor, old in [*buffers.values(), *plain.values(), *(parameters[name] for name in changed)]:
                 if not torch.equal(tensor, old):
                     tensor.data.copy_(old)
