@@ -348,12 +348,12 @@ def tracing(rounds: int) -> Tables:
 
 
 def importing(rounds: int) -> Tables:
-    """``import unravelling`` beside ``import torch``, each in a new interpreter."""
+    """``import unravelling`` beside ``import torch``, without and with pandas, each in a new interpreter."""
 
     def run(module: str) -> Callable[[], Any]:
         return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True, timeout=120)
 
-    arms = {"import unravelling": run("unravelling"), "import torch": run("torch")}
+    arms = {f"import {name}": run(name) for name in ("unravelling", "torch", "torch, pandas")}
     yield compare("import", "a new interpreter", arms, rounds)
 
 
