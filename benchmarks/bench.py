@@ -414,6 +414,7 @@ def profiles(rounds: int) -> Tables:
 
 
 ON_CPU = (deletions, many, gradients, training, tracing, importing, growth, profiles)
+ORDER = [f.__name__ for f in (*ON_CPU, training_on_gpu)]
 GROUPS = {f.__name__: f for f in (*ON_CPU, *([training_on_gpu] if torch.cuda.is_available() else []))}
 
 
@@ -455,6 +456,7 @@ def main() -> None:
         table = pd.concat(rows).assign(group=name, **told | {"hardware": told["hardware"] + gpu})
         earlier = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame({"group": []})
         whole = pd.concat([earlier[earlier["group"] != name], table]) if len(earlier) else table
+        whole = whole.sort_values("group", key=lambda names: names.map(ORDER.index), kind="stable")
         temporary = RESULTS.with_suffix(".tmp")
         whole.to_csv(temporary, index=False, float_format="%.6g")
         temporary.replace(RESULTS)
