@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -79,13 +79,13 @@ def gradients(module: nn.Module, model: nn.Module, x: Any) -> tuple[Tensor, Grad
 
 def compared_gradients(found: Gradients, expected: Gradients) -> Iterable[tuple[str, str, Tensor, Tensor, float]]:
     """Yield kind, name, both gradients (zeros where missing), their difference as a share of the kind's largest."""
-    scale = {kind: _largest(g for (k, _), g in expected.items() if k == kind) for kind in ("input", "parameters")}
+    scale = cache(lambda kind: _largest(g for (k, _), g in expected.items() if k == kind))
     for (kind, name), theirs in expected.items():
         ours = found.get((kind, name))
         some = ours if theirs is None else theirs
         if some is not None:
             ours, theirs = (torch.zeros_like(some) if g is None else g for g in (ours, theirs))
-            yield kind, name, ours, theirs, difference(ours, theirs, scale[kind])
+            yield kind, name, ours, theirs, 0.0 if torch.equal(ours, theirs) else difference(ours, theirs, scale(kind))
 
 
 def _kinks_aside(
