@@ -111,10 +111,10 @@ _RECIPES = [
 RECIPES = {recipe.name: recipe for recipe in _RECIPES}
 """Recipes by name.
 
-``digits``: half a minute a network. ``short``: CIFAR-10 in 20 epochs, half a day of a CPU core for ResNet-110.
-``paper``: 64k steps as He et al. (2015). Each has variants: ``-bagged``, and those that leave branches out,
-``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead (`as_tested`), and
-``-stochastic-depth``; ``-short-paths-long``, of two, updates each branch as often as the recipe, or oftener."""
+``digits``: half a minute a network. ``short``: CIFAR-10 in 20 epochs, half a day of a CPU core for ResNet-110, two
+hours where it has matrix units. ``paper``: 64k steps as He et al. (2015). Each has variants: ``-bagged``, and those
+that leave branches out, ``-short-paths``, ``-short-paths-unscaled``, whose branches are scaled at test time instead
+(`as_tested`), and ``-stochastic-depth``; ``-short-paths-long``, of two, updates each branch as often, or oftener."""
 _VARIANTS: dict[str, dict[str, Any]] = {"short-paths": {"active": 23}, "stochastic-depth": {"survival": 0.5}}
 _VARIANTS |= {"short-paths-unscaled": {"active": 23, "rescale": False}, "bagged": {"bagged": True}}
 for _recipe, (_variant, _options) in product(_RECIPES, _VARIANTS.items()):
