@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -350,8 +351,11 @@ def tracing(rounds: int) -> Tables:
 def importing(rounds: int) -> Tables:
     """``import unravelling`` beside ``import torch``, without and with pandas, each in a new interpreter."""
 
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
     def run(module: str) -> Callable[[], Any]:
-        return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True, timeout=120)
+        command = [sys.executable, "-c", f"import {module}"]
+        return lambda: subprocess.run(command, check=True, timeout=120, env=usual)  # so that none is compiled anew
 
     arms = {f"import {name}": run(name) for name in ("unravelling", "torch", "torch, pandas")}
     yield compare("import", "a new interpreter", arms, rounds)
