@@ -22,6 +22,7 @@ from unravelling.from_model import Call
 from unravelling.lesion import evaluate_variants, reestimate_batch_norm, score, summarize, variant_logits
 from unravelling.paths import cross_entropy, gradient_norms, mean_length
 from unravelling.tracing.trace import Unsupported
+from unravelling.verify import compared_gradients
 
 
 class Block(nn.Module):
@@ -260,6 +261,12 @@ def test_verify_finds_a_changed_unit():
     chain.units[1] = chain.units[1].scaled(1.01)
     with pytest.raises(ValueError, match=r"unit 1 \(layers\.1\)"):
         chain.verify(X)
+
+
+def test_gradients_are_compared_with_the_largest_of_their_kind():
+    expected = {("input", "0"): torch.ones(1), ("parameters", "w"): torch.full((1,), 100.0)}
+    found = expected | {("input", "0"): torch.full((1,), 1.5)}
+    assert [gap for *_, gap in compared_gradients(found, expected)] == [0.5, 0]
 
 
 def test_verify_finds_a_wrong_gradient():

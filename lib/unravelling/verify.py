@@ -29,8 +29,8 @@ def tolerance_of(model: nn.Module, numbers: Tensor) -> float:
     return max((TOLERANCE.get(dtype, 0.05) for dtype in types), default=TOLERANCE[torch.float32])
 
 
-def difference(found: Tensor, expected: Tensor, scale: float | None = None) -> float:
-    """Return the largest difference of two tensors, as a share of ``scale``, or of the largest number expected."""
+def difference(found: Tensor, expected: Tensor, scale: Callable[[], float] | None = None) -> float:
+    """Return the largest difference of two tensors, as a share of ``scale()``, or of the largest number expected."""
     if found.shape != expected.shape:
         return float("inf")
     if torch.equal(found, expected):
@@ -38,8 +38,8 @@ def difference(found: Tensor, expected: Tensor, scale: float | None = None) -> f
     found, expected = (t.to(torch.complex128) if t.is_complex() else t.double() for t in (found, expected))
     same = torch.isclose(found, expected, rtol=0, atol=0, equal_nan=True)
     gap = torch.where(same, 0.0, (found - expected).abs()).max().item()
-    scale = _largest([expected]) if scale is None else scale
-    return gap / scale if scale else (float("inf") if gap else 0.0)
+    top = _largest([expected]) if scale is None else scale()
+    return gap / top if top else (float("inf") if gap else 0.0)
 
 
 def _largest(tensors: Iterable[Tensor | None]) -> float:
@@ -85,7 +85,7 @@ def compared_gradients(found: Gradients, expected: Gradients) -> Iterable[tuple[
         some = ours if theirs is None else theirs
         if some is not None:
             ours, theirs = (torch.zeros_like(some) if g is None else g for g in (ours, theirs))
-            yield kind, name, ours, theirs, 0.0 if torch.equal(ours, theirs) else difference(ours, theirs, scale(kind))
+            yield kind, name, ours, theirs, difference(ours, theirs, partial(scale, kind))
 
 
 def _kinks_aside(
